@@ -1,0 +1,154 @@
+"""From samples to a batch of padded tensors, and the settings of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from dist_train.audio import SAMPLE_RATE, AudioSettings
+from dist_train.llm import TextSettings
+from sharding.errors import UserError
+
+
+class DataSettings(BaseModel):
+    """Where the clips are and how they are batched."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str = Field(description="Directory of shards made by `dist-train shards make`.")
+    batch: int = Field(
+        96, ge=2, description="Clips per optimizer step over all ranks (at least 2: RNC compares clips)."
+    )
+    evaluation_batch: int = Field(96, ge=1, description="Clips per evaluation step over all ranks.")
+    workers: int = Field(1, ge=0, description="Data loading processes per rank.")
+    on_bad_sample: Literal["stop", "set_aside"] = Field(
+        "stop", description="A damaged or oversized clip stops the run, or is set aside and counted."
+    )
+
+
+class Batch(TypedDict):
+    """A micro-batch of B clips. `*_mask` [B, T] is True on real positions; an absent modality has one zero position
+    and `*_present` False.
+    """
+
+    audio: Tensor  # [B, S] waveform or [B, T, D] features
+    audio_mask: Tensor
+    audio_present: Tensor  # [B]
+    text: Tensor  # [B, L] token ids or [B, L, D] features
+    text_mask: Tensor
+    text_present: Tensor
+    vision: Tensor  # [B, T, D]
+    vision_mask: Tensor
+    vision_present: Tensor
+    label: Tensor  # [B] float32
+    real: Tensor  # [B], False on fillers
+    index: Tensor  # [B] position in the key-sorted split
+    set_aside: list[str]  # why clips of this batch do not count
+
+
+class Collator:
+    """Pads samples to a Batch and tokenises transcripts, in the data loading process.
+
+    Args:
+        minimum_audio: shortest audio in samples (or frames); shorter ones are padded with silence to it.
+        widths: feature width of each modality, by name.
+
+    Raises:
+        UserError: a clip longer than `audio.max_seconds` or `text.max_tokens`, unless bad samples are set aside.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        data: DataSettings,
+        audio: AudioSettings,
+        text: TextSettings,
+        *,
+        minimum_audio: int,
+        widths: dict[str, int],
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.data, self.audio, self.text = data, audio, text
+        self.minimum_audio = minimum_audio
+        self.widths = widths
+
+    def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
+        """samples (contract of sharding.stream) → Batch of CPU tensors."""
+        real = [bool(sample["real"]) for sample in samples]
+        audio: list[np.ndarray | None] = []
+        text: list[np.ndarray | None] = []
+        for row, sample in enumerate(samples):
+            tokens, problem = self.tokens(sample), None
+            if sample["audio"] is not None and self.audio.input == "waveform":
+                seconds = len(sample["audio"]) / SAMPLE_RATE
+                if seconds > self.audio.max_seconds:
+                    problem = (
+                        f"lasts {seconds:.1f} s, more than audio.max_seconds = {self.audio.max_seconds:g}",
+                        "audio.max_seconds",
+                    )
+            if self.text.input == "transcript" and tokens is not None and len(tokens) > self.text.max_tokens:
+                problem = (
+                    f"has {len(tokens)} tokens, more than text.max_tokens = {self.text.max_tokens}",
+                    "text.max_tokens",
+                )
+            if problem and self.data.on_bad_sample == "stop":
+                raise UserError(
+                    f"sample {sample['key']}",
+                    problem[0],
+                    f"Shorten it, raise {problem[1]}, or set data.on_bad_sample: set_aside.",
+                )
+            if problem:
+                if real[row]:  # counted once, by its real row
+                    sample["set_aside"] = problem[0]
+                real[row] = False
+            audio.append(None if problem else sample["audio"])
+            text.append(None if problem else tokens)
+        audio_width = None if self.audio.input == "waveform" else self.widths["audio"]
+        text_width = None if self.text.input == "transcript" else self.widths["text"]
+        a, am, ap = pad(audio, audio_width, self.minimum_audio)
+        t, tm, tp = pad(text, text_width, 1, fill=self.tokenizer.bos_token_id if text_width is None else 0)
+        v, vm, vp = pad([sample["vision"] for sample in samples], self.widths["vision"], 1)
+        return Batch(
+            audio=a, audio_mask=am, audio_present=ap,
+            text=t.long() if text_width is None else t, text_mask=tm, text_present=tp,
+            vision=v, vision_mask=vm, vision_present=vp,
+            label=torch.tensor([sample["label"] for sample in samples], dtype=torch.float32),
+            real=torch.tensor(real),
+            index=torch.tensor([sample["index"] for sample in samples]),
+            set_aside=[f"{sample['key']}: {sample['set_aside']}" for sample in samples if sample.get("set_aside")],
+        )  # fmt: skip
+
+    def tokens(self, sample: dict[str, Any]) -> np.ndarray | None:
+        """Token ids [L] of the transcript, BOS kept, or the text features [L, D], or None."""
+        if self.text.input == "features":
+            return sample["text_features"]
+        if sample["text"] is None:
+            return None
+        ids = self.tokenizer(sample["text"], add_special_tokens=False, verbose=False).input_ids
+        return np.asarray([self.tokenizer.bos_token_id, *ids])
+
+
+def pad(
+    sequences: Sequence[np.ndarray | None], width: int | None, minimum: int, fill: float = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-pads sequences [T] or [T, width] to one length of at least `minimum`; None becomes `minimum`
+    positions of `fill`.
+
+    Returns:
+        padded [B, T(, width)], mask [B, T] bool, present [B] bool.
+    """
+    lengths = [minimum if sequence is None else max(len(sequence), minimum) for sequence in sequences]
+    length = max(lengths)
+    shape = (len(sequences), length) if width is None else (len(sequences), length, width)
+    padded = np.full(shape, fill, dtype=np.float32)  # exact for token ids below 2^24
+    for row, sequence in enumerate(sequences):
+        if sequence is not None:
+            padded[row, : len(sequence)] = sequence
+    mask = torch.arange(length) < torch.tensor(lengths)[:, None]
+    return torch.from_numpy(padded), mask, torch.tensor([sequence is not None for sequence in sequences])

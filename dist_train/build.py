@@ -1,0 +1,90 @@
+"""From a recipe to the things a run is made of: dataset, tokenizer, collator, model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dist_train.batch import Collator
+from dist_train.llm import load_tokenizer
+from dist_train.model import DoubleFlow
+from dist_train.recipe import Recipe, Widths
+from dist_train.tokenizer import train_tokenizer
+from sharding.errors import UserError
+from sharding.shards import Dims, load_info
+from sharding.stream import ShardedSplit
+
+
+def fit_to_dataset(recipe: Recipe) -> Recipe:
+    """The recipe with the dataset's feature widths filled in.
+
+    Raises:
+        UserError: a stream the recipe reads is not in the dataset at all.
+    """
+    dims: Dims = load_info(Path(recipe.data.path)).dims
+    wants_waveform = recipe.audio.input == "waveform"
+    if dims.audio is not None and (dims.audio == "waveform") != wants_waveform:
+        has = "waveforms" if dims.audio == "waveform" else "audio features"
+        raise UserError(
+            "audio.input",
+            f"is {recipe.audio.input}, but {recipe.data.path} has {has}",
+            f"Write audio.input: {'waveform' if dims.audio == 'waveform' else 'features'}.",
+        )
+    if recipe.text.input == "features" and dims.text is None:
+        raise UserError("text.input", f"is features, but {recipe.data.path} has none", "Write text.input: transcript.")
+    widths = Widths(
+        audio=dims.audio if isinstance(dims.audio, int) else 1, text=dims.text or 1, vision=dims.vision or 1
+    )
+    return recipe.model_copy(update={"widths": widths})
+
+
+def open_split(recipe: Recipe, name: str) -> ShardedSplit:
+    """One split of the recipe's dataset."""
+    return ShardedSplit(Path(recipe.data.path), name, recipe.data.on_bad_sample)
+
+
+def prepare_tokenizer(recipe: Recipe, directory: Path) -> None:
+    """Puts the run's tokenizer into `directory`: the named one, or one trained on the training transcripts (one
+    process calls this).
+    """
+    name = recipe.text.tokenizer or recipe.text.pretrained
+    if name is not None:
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(name)
+    else:
+        split = open_split(recipe, "train")
+        texts = (split[i]["text"] for i, count in enumerate(split.columns.text_characters) if count)
+        tokenizer = train_tokenizer((text for text in texts if text), recipe.text.vocabulary)
+    shutil.rmtree(directory, ignore_errors=True)
+    tokenizer.save_pretrained(directory)
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> DoubleFlow:
+    """The model in the recipe's precision, initialised from its seed alike on every rank."""
+    torch.manual_seed(recipe.seed)
+    model = DoubleFlow(recipe, tokenizer)
+    for parameter in model.parameters():  # buffers such as rotary frequencies stay fp32
+        parameter.data = parameter.data.to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+    return model
+
+
+def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: DoubleFlow) -> Collator:
+    """The collator that fits the model's inputs."""
+    return Collator(
+        tokenizer,
+        recipe.data,
+        recipe.audio,
+        recipe.text,
+        minimum_audio=model.audio.minimum_samples,
+        widths=recipe.widths.model_dump(),
+    )
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch's tensors on the device."""
+    return {
+        key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in batch.items()
+    }

@@ -1,0 +1,209 @@
+"""`dist-train`: a thin dispatcher that imports a command's code when the command is called."""
+
+# ruff: noqa: PLC0415
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sharding.errors import UserError, UserErrors
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
+shards = typer.Typer(no_args_is_help=True, help="Make, look at and verify WebDataset shards.")
+app.add_typer(shards, name="shards")
+
+RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory (the --output of train).")]
+RanksOption = Annotated[int | None, typer.Option(min=1, help="Local ranks to start. Default: one per GPU, or one.")]
+REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # what a disk says that is full or not ours
+REMEDY = "Free space or choose a place you may write to; what was saved before is whole."
+BAD_SAMPLE_HELP = "stop, or set_aside: leave bad samples out and count them."
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, e.g. recipes/quickstart.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")] = None,
+    output: Annotated[Path, typer.Option(help="Run directory to make.")] = ...,  # type: ignore[assignment]
+    ranks: RanksOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
+) -> None:
+    """Train. Inside torchrun or srun this process joins that world; alone it starts local ranks."""
+    from dist_train.run_directory import RunDirectory
+    from sharding.launch import launched, run_local
+    from sharding.world import read_world
+
+    run = RunDirectory(output)
+    world = read_world(os.environ)
+    if world is not None:
+        from sharding.ops import prepare_ops
+
+        prepare_ops(print if world.rank == 0 else lambda text: None)  # before anything imports DeepSpeed
+        from dist_train.rank import end, run_training
+
+        end(run_training(world, recipe, overrides or [], run, fresh=not launched(), resume=resume))
+    if resume:
+        run.open()
+    else:
+        run.create()
+    try:
+        raise SystemExit(run_local(again(), ranks or default_ranks(), run.logs))
+    finally:
+        run.discard_unstarted()
+
+
+@app.command()
+def evaluate(
+    directory: RunArgument,
+    checkpoint: Annotated[str, typer.Option(help="best, last, or the path of a checkpoint.")] = "best",
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    ranks: RanksOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Evaluate a checkpoint on a split: both flows, gap and floors; predictions are written to the run directory."""
+    from dist_train.run_directory import RunDirectory
+    from sharding.launch import run_local
+    from sharding.world import read_world
+
+    run = RunDirectory(directory)
+    world = read_world(os.environ)
+    if world is not None:
+        from sharding.ops import choose_accelerator
+
+        choose_accelerator()
+        from dist_train.rank import end, run_evaluation
+
+        end(run_evaluation(world, run, checkpoint, split, as_json=as_json))
+    run.open()
+    raise SystemExit(run_local(again(), ranks or default_ranks(), run.logs))
+
+
+@app.command()
+def recipe(
+    path: Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="Recipe to check and print resolved.")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes.")] = False,
+) -> None:
+    """Check a recipe and print it with all defaults, or print the schema."""
+    import json
+
+    import yaml
+
+    from dist_train.recipe import Recipe, load_recipe
+
+    if schema:
+        print(json.dumps(Recipe.model_json_schema(), indent=1))
+    elif path is None:
+        raise UserError("recipe", "no recipe is given", "Write dist-train recipe RECIPE, or --schema.")
+    else:
+        print(yaml.safe_dump(load_recipe(path, overrides or []).model_dump(mode="json"), sort_keys=False))
+
+
+@app.command()
+def report(directory: RunArgument) -> None:
+    """Write report.html, one self-contained page, and the figures of a run."""
+    from dist_train.report import write_report
+
+    print(write_report(directory))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Tell what this machine can do, and what is missing for what."""
+    from tools.doctor import doctor as examine
+
+    examine(as_json=as_json)
+
+
+@shards.command("make")
+def shards_make(
+    manifest: Annotated[Path, typer.Argument(help="CSV or JSONL: key, audio, text, vision, label, split.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples per tar.")] = 1000,
+    on_bad_sample: Annotated[str, typer.Option(help=BAD_SAMPLE_HELP)] = "stop",
+    label_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest label.")] = (-3.0, 3.0),
+) -> None:
+    """Build shards from a manifest."""
+    from tools.shards import make
+
+    if on_bad_sample not in ("stop", "set_aside"):
+        raise UserError("--on-bad-sample", f"is {on_bad_sample!r}", "Write stop or set_aside.")
+    make(
+        manifest,
+        out,
+        workers=workers,
+        samples_per_shard=samples_per_shard,
+        on_bad_sample=on_bad_sample,
+        label_range=label_range,
+    )
+
+
+@shards.command("demo")
+def shards_demo(
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    clips: Annotated[int, typer.Option(min=20, help="Number of clips.")] = 2000,
+    mean_seconds: Annotated[float, typer.Option(min=1, help="Mean length of a clip in seconds.")] = 2.5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the corpus.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+) -> None:
+    """Generate the embedded corpus (spoken opinion sentences with faces) as shards."""
+    from tools.demo_corpus import make_demo
+
+    make_demo(out, clips=clips, seed=seed, workers=workers, mean_seconds=mean_seconds)
+
+
+@shards.command("inspect")
+def shards_inspect(
+    directory: Annotated[Path, typer.Argument(help="Directory of shards.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show counts, lengths, labels, missing modalities and a few samples."""
+    from tools.shards import inspect
+
+    inspect(directory, as_json=as_json)
+
+
+@shards.command("verify")
+def shards_verify(directory: Annotated[Path, typer.Argument(help="Directory of shards.")]) -> None:
+    """Check every checksum."""
+    from tools.shards import verify
+
+    verify(directory)
+
+
+def again() -> list[str]:
+    """This command once more, for a rank."""
+    return [sys.executable, "-m", "dist_train.cli", *sys.argv[1:]]
+
+
+def default_ranks() -> int:
+    """One per GPU, or one."""
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def main(**extra: Any) -> None:
+    """Runs a command; a user's mistake becomes one line per error on stderr and exit code 2."""
+    from sharding.launch import report_errors
+
+    try:
+        app(**extra)
+    except (UserError, UserErrors, OSError) as error:
+        if isinstance(error, OSError):
+            if error.errno not in REFUSED:
+                raise
+            error = UserError(error.filename or "disk", error.strerror or str(error), REMEDY)
+        report_errors(error.errors if isinstance(error, UserErrors) else [error])
+        sys.stdout.flush()
+        os._exit(2) if "RANK" in os.environ else sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""The fusion network: three feature sequences of one flow to a valence prediction (SDUMC, arXiv 2410.15029).
+
+Shapes: B clips, T steps (each modality has its own T), d = ``FusionSettings.width``. Modalities in the order audio,
+text, vision.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from dist_train.imagination import MIA, ImaginationSettings
+
+REPRESENTATION_WIDTH = 128
+RNC_WIDTH = 64
+# The seven views in the order of the official code, each by the modalities it is made of (0 audio, 1 text, 2 vision).
+VIEWS = {"avt": (0, 1, 2), "at": (0, 1), "tv": (1, 2), "av": (0, 2), "a": (0,), "t": (1,), "v": (2,)}
+TEXT_VIEW = list(VIEWS).index("t")
+
+
+class FusionSettings(BaseModel):
+    """The fusion network."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    width: int = Field(default=256, ge=1, description="Features per step and per pooled vector (d). Default: 256.")
+    dropout: float = Field(
+        default=0.3, ge=0, lt=1, description="Dropout probability after each MLP layer. Default: 0.3."
+    )
+    attention_dropout: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="Dropout probability before and after each attention pooling. Default: 0.5.",
+    )
+    attention_scale: float = Field(
+        default=0.3, gt=0, description="Factor on the attention scores before the softmax over time. Default: 0.3."
+    )
+
+
+class FusionWidths(NamedTuple):
+    """Features per step of the three inputs; real and simulated text have the same width."""
+
+    audio: int
+    text: int
+    vision: int
+
+
+class FlowOutput(NamedTuple):
+    """What one flow yields, per clip."""
+
+    prediction: Tensor
+    """[B] valence."""
+    representation: Tensor
+    """[B, 128] final representation (L_RS)."""
+    rnc: Tensor
+    """[B, 64] side head (RNC)."""
+    text_query: Tensor
+    """[B, d] text vector after its view MLP (MKD-1)."""
+    text_views: Tensor
+    """[B, 7, 128] text seen by the seven views (MKD-2)."""
+
+
+def _mlp(dropout: float, *widths: int) -> nn.Sequential:
+    """Linear, ReLU and dropout for each consecutive pair of widths."""
+    layers: list[nn.Module] = []
+    for inputs, outputs in pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers)
+
+
+class UMCA(nn.Module):
+    """Uni-modal cross attention, single head: key = tanh(Linear(X)), value = X, softmax over the real steps.
+
+    X passes a dropout first, so does the result. Scores, softmax and sum are taken in fp32 whatever the input type is.
+    """
+
+    def __init__(self, settings: FusionSettings) -> None:
+        super().__init__()
+        self.scale = settings.attention_scale
+        self.key = nn.Linear(settings.width, settings.width)
+        self.dropout = nn.Dropout(settings.attention_dropout)
+
+    def attend(self, sequence: Tensor, mask: Tensor, queries: Tensor) -> Tensor:
+        """[B, T, d], [B, T] (True = real step; at least one per clip) and queries [B, Q, d] to [B, Q, d]."""
+        sequence = self.dropout(sequence)
+        key = torch.tanh(self.key(sequence))
+        exact = torch.promote_types(sequence.dtype, torch.float32)
+        scores = self.scale * queries.to(exact) @ key.to(exact).transpose(1, 2)
+        weights = scores.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(dim=-1)
+        pooled = weights @ sequence.to(exact)
+        return self.dropout(pooled.to(sequence.dtype))
+
+
+class PooledUMCA(UMCA):
+    """UMCA stage 1: one learnable query pools a sequence into one vector."""
+
+    def __init__(self, settings: FusionSettings) -> None:
+        super().__init__(settings)
+        self.query = nn.Parameter(nn.init.xavier_normal_(torch.empty(1, settings.width)))
+        self.mlp = _mlp(settings.dropout, settings.width, settings.width, settings.width)
+
+    def forward(self, sequence: Tensor, mask: Tensor) -> Tensor:
+        """[B, T, d] and mask [B, T] to [B, d]."""
+        queries = self.query.expand(len(sequence), 1, -1)
+        return self.mlp(self.attend(sequence, mask, queries).squeeze(1))
+
+
+class ViewUMCA(UMCA):
+    """UMCA stage 2: every view asks the sequence its own question."""
+
+    def __init__(self, settings: FusionSettings) -> None:
+        super().__init__(settings)
+        self.query = nn.Linear(settings.width, settings.width)
+        self.mlp = _mlp(settings.dropout, settings.width, settings.width, REPRESENTATION_WIDTH)
+
+    def forward(self, sequence: Tensor, mask: Tensor, views: Tensor) -> Tensor:
+        """[B, T, d], mask [B, T] and views [B, 7, d] to [B, 7, 128]."""
+        return self.mlp(self.attend(sequence, mask, self.query(views)))
+
+
+class AFG(nn.Module):
+    """Adaptive fusion gate: raw weights (no softmax) for the parts of a concatenation."""
+
+    def __init__(self, dropout: float, *widths: int) -> None:
+        super().__init__()
+        *hidden, parts = widths
+        self.mlp = _mlp(dropout, *hidden)
+        self.weights = nn.Linear(hidden[-1], parts)
+
+    def forward(self, parts: Tensor) -> Tensor:
+        """Stacked vectors [B, parts, width] to their weights [B, parts]."""
+        return self.weights(self.mlp(parts.flatten(1)))
+
+
+class FusionNetwork(nn.Module):
+    """Both flows' fusion network; real and simulated text go through the same weights.
+
+    A prediction does not depend on the other clips of the batch: every softmax over time leaves the padding out (the
+    official code has no masks; without padding the two agree).
+
+    Args:
+        widths: features per step of audio, text and vision.
+        settings: see :class:`FusionSettings`.
+        imagination: see :class:`~dist_train.imagination.ImaginationSettings`; disabled, no MIA parameters exist.
+    """
+
+    def __init__(self, widths: FusionWidths, settings: FusionSettings, imagination: ImaginationSettings) -> None:
+        super().__init__()
+        d, dropout = settings.width, settings.dropout
+        self.projections = nn.ModuleList(nn.Linear(width, d) for width in widths)
+        self.pooled_attention = nn.ModuleList(PooledUMCA(settings) for _ in widths)
+        self.modality_gate = AFG(dropout, 3 * d, d, d, 3)
+        self.views = nn.ModuleDict({name: _mlp(dropout, d, d) for name in VIEWS})
+        self.view_attention = nn.ModuleList(ViewUMCA(settings) for _ in widths)
+        self.view_gate = AFG(dropout, len(VIEWS) * REPRESENTATION_WIDTH, d, REPRESENTATION_WIDTH, len(VIEWS))
+        self.head = nn.Linear(REPRESENTATION_WIDTH, 1)
+        self.rnc_head = nn.Sequential(
+            nn.Linear(REPRESENTATION_WIDTH, RNC_WIDTH), nn.ReLU(), nn.Linear(RNC_WIDTH, RNC_WIDTH)
+        )
+        self.pooled_imagination: MIA | None = None
+        self.views_imagination: MIA | None = None
+        if imagination.enabled:
+            self.pooled_imagination = MIA(d, imagination.pooled_bottleneck, imagination.skip)
+            self.views_imagination = MIA(REPRESENTATION_WIDTH, imagination.views_bottleneck, imagination.skip)
+
+    def encode_views(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        """Pooled modality vectors [B, 3, d] and their weights [B, 3] to the seven views [B, 7, d].
+
+        A view of several modalities is their weighted sum, a view of one modality the plain vector.
+        """
+        weighted = weights.unsqueeze(-1) * vectors
+        views = []
+        for members, mlp in zip(VIEWS.values(), self.views.values(), strict=True):
+            mixed = weighted[:, list(members)].sum(1) if len(members) > 1 else vectors[:, members[0]]
+            views.append(mlp(mixed))
+        return torch.stack(views, dim=1)
+
+    def forward(
+        self,
+        audio: Tensor,
+        audio_mask: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        vision: Tensor,
+        vision_mask: Tensor,
+        *,
+        missing: bool,
+    ) -> FlowOutput:
+        """Run one flow.
+
+        Args:
+            audio, text, vision: features [B, T, width]; padding must be finite. `text` is real text in the complete
+                flow, simulated text in the missing flow. An absent modality is one real step of zeros.
+            audio_mask, text_mask, vision_mask: bool [B, T], True at real steps, at least one per clip.
+            missing: whether this is the missing flow; only there MIA acts on the text.
+        """
+        masks = (audio_mask, text_mask, vision_mask)
+        sequences = [project(x) for project, x in zip(self.projections, (audio, text, vision), strict=True)]
+        pooled = [umca(x, m) for umca, x, m in zip(self.pooled_attention, sequences, masks, strict=True)]
+        if missing and self.pooled_imagination is not None:
+            pooled[1] = self.pooled_imagination(*pooled)
+        vectors = torch.stack(pooled, dim=1)
+        weights = self.modality_gate(vectors)
+
+        views = self.encode_views(vectors, weights)
+        seen = [umca(x, m, views) for umca, x, m in zip(self.view_attention, sequences, masks, strict=True)]
+        if missing and self.views_imagination is not None:
+            seen[1] = self.views_imagination(*seen)
+        fused = (weights[:, :, None, None] * torch.stack(seen, dim=1)).sum(1)
+        representation = (self.view_gate(fused).unsqueeze(-1) * fused).sum(1)
+        return FlowOutput(
+            prediction=self.head(representation).squeeze(-1),
+            representation=representation,
+            rnc=self.rnc_head(representation),
+            text_query=views[:, TEXT_VIEW],
+            text_views=seen[1],
+        )

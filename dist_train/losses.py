@@ -1,0 +1,131 @@
+"""The six loss terms of the double flow, over the rows of one global batch.
+
+Pure functions of tensors: gathering over ranks and dropping fillers is the caller's part. Everything is computed in
+fp32 (float64 stays float64). Source: SDUMC (arXiv 2410.15029) and its released code; Rank-N-Contrast, NeurIPS 2023.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from dist_train.fusion import FlowOutput
+
+# Two label distances closer than this count as equal (official code).
+RNC_SLACK = 1e-4
+
+
+class LossSettings(BaseModel):
+    """Weights of the six loss terms (defaults: the released final script) and their two constants."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    mse_complete: float = Field(
+        default=0.5, ge=0, description="Weight of the squared error of the complete flow's prediction. Default: 0.5."
+    )
+    mse_missing: float = Field(
+        default=0.5, ge=0, description="Weight of the squared error of the missing flow's prediction. Default: 0.5."
+    )
+    mkd1: float = Field(
+        default=0.1, ge=0, description="Weight of MKD-1: RMSE to the real flow's text vector, detached. Default: 0.1."
+    )
+    mkd2: float = Field(
+        default=0.7, ge=0, description="Weight of MKD-2: RMSE to the real flow's text views, detached. Default: 0.7."
+    )
+    rs: float = Field(
+        default=0.13, ge=0, description="Weight of L_RS: RMSE between the two flows' representations. Default: 0.13."
+    )
+    rnc: float = Field(default=0.5, ge=0, description="Weight of Rank-N-Contrast over both flows. Default: 0.5.")
+    rnc_temperature: float = Field(
+        default=2.0, gt=0, description="Temperature: similarity = -L2 distance / temperature. Default: 2."
+    )
+    epsilon: float = Field(
+        default=1e-12,
+        gt=0,
+        description="Added to the mean square under the root of each RMSE, so that its gradient stays finite when both "
+        "sides are equal. Default: 1e-12.",
+    )
+
+
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def masked_rmse(student: Tensor, teacher: Tensor, rows: Tensor, epsilon: float) -> Tensor:
+    """``sqrt(mean((student - teacher)^2) + epsilon)`` over all features of the chosen rows; 0 if none is chosen.
+
+    With epsilon under the root the gradient is bounded by 1 / sqrt(elements) and 0 at equality.
+
+    Args:
+        student, teacher: [n, ...].
+        rows: bool [n].
+    """
+    squares = (_exact(student) - _exact(teacher)).square().flatten(1).mean(1)
+    chosen = rows.to(squares.dtype)
+    mean = (squares * chosen).sum() / chosen.sum().clamp(min=1)
+    return (mean + epsilon).sqrt() * rows.any()
+
+
+def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Rank-N-Contrast: mean over all ordered pairs (i, k), k != i, of -log of the softmax share of k.
+
+    Similarity is -L2 / temperature. The share's denominator runs over all j != i whose label is at least as far from
+    anchor i as k's: ``|y_i - y_j| >= |y_i - y_k| - 1e-4``. Sorted by label distance these j are a suffix of the row, so
+    one cumulative log-sum-exp serves all k. Time O(N^2 log N), memory O(N^2).
+
+    Args:
+        features: [N, D], N >= 2.
+        labels: [N].
+        temperature: > 0.
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    n = len(features)
+    if n < 2:
+        raise ValueError(f"rank_n_contrast needs at least two rows, got {n}")
+    features, labels = _exact(features), _exact(labels)
+    # Exact differences: the matrix-product form of cdist cancels for near rows. The gradient at distance 0 is 0.
+    similarity = -torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") / temperature
+    distance = (labels[:, None] - labels[None, :]).abs()
+    # The anchor itself sorts first and is cut off.
+    distance, order = distance.fill_diagonal_(-torch.inf).sort(dim=1)
+    distance, order = distance[:, 1:].contiguous(), order[:, 1:]
+    similarity = similarity.gather(1, order)
+    suffix = similarity.flip(1).logcumsumexp(1).flip(1)
+    start = torch.searchsorted(distance, distance - RNC_SLACK)
+    return (suffix.gather(1, start) - similarity).mean()
+
+
+def double_flow_loss(
+    complete: FlowOutput, missing: FlowOutput, labels: Tensor, has_teacher: Tensor, settings: LossSettings
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of the six terms over one global batch, and the unweighted terms by name.
+
+    MKD-1 and MKD-2 detach the real side, so they reach the missing flow only; L_RS detaches nothing. Those three count
+    only rows with `has_teacher`; with no such row they are 0 but stay in the graph.
+
+    Args:
+        complete, missing: outputs of the two flows over the same n clips.
+        labels: [n] valence.
+        has_teacher: bool [n], False for a clip without transcript.
+        settings: weights and constants.
+
+    Returns:
+        The scalar loss and ``{"mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"}``, all attached to the graph.
+    """
+    labels = _exact(labels)
+
+    def rmse(student: Tensor, teacher: Tensor) -> Tensor:
+        return masked_rmse(student, teacher, has_teacher, settings.epsilon)
+
+    terms = {
+        "mse_complete": (_exact(complete.prediction) - labels).square().mean(),
+        "mse_missing": (_exact(missing.prediction) - labels).square().mean(),
+        "mkd1": rmse(missing.text_query, complete.text_query.detach()),
+        "mkd2": rmse(missing.text_views, complete.text_views.detach()),
+        "rs": rmse(missing.representation, complete.representation),
+        "rnc": rank_n_contrast(torch.cat((complete.rnc, missing.rnc)), labels.repeat(2), settings.rnc_temperature),
+    }
+    return sum(getattr(settings, name) * term for name, term in terms.items()), terms

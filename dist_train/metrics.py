@@ -1,0 +1,101 @@
+"""Metrics of valence in [-3, 3], their trivial floors, and the gap between the two flows (the MOSEI conventions)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from torchmetrics.functional import mean_absolute_error
+from torchmetrics.functional.classification import binary_accuracy, multiclass_accuracy, multiclass_f1_score
+
+Metrics = dict[str, float | None]
+
+
+def _vector(values: ArrayLike | Tensor) -> Tensor:
+    vector = torch.as_tensor(values, dtype=torch.float64, device="cpu").flatten()
+    if not len(vector):
+        raise ValueError("metrics of no clips")
+    if not vector.isfinite().all():
+        raise ValueError("metrics of non-finite values")
+    return vector
+
+
+def _seven_classes(valence: Tensor) -> Tensor:
+    return valence.clamp(-3, 3).round().long() + 3
+
+
+def _binary(prediction: Tensor, label: Tensor) -> tuple[float | None, float | None]:
+    """Accuracy and class-weighted F1 of two bool vectors; None for both if they are empty."""
+    if not len(label):
+        return None, None
+    classes = prediction.long(), label.long()
+    return binary_accuracy(*classes).item(), multiclass_f1_score(*classes, num_classes=2, average="weighted").item()
+
+
+def valence_metrics(prediction: ArrayLike | Tensor, label: ArrayLike | Tensor) -> Metrics:
+    """Seven metrics of one flow.
+
+    Args:
+        prediction, label: [n] valence; n >= 1.
+
+    Returns:
+        ``mae``; ``corr`` (Pearson's r, 0 if either side is constant); ``acc2_nonzero`` and ``f1_nonzero`` (clips with a
+        non-zero label, positive means > 0; None if there is none); ``acc2_has0`` and ``f1_has0`` (all clips, positive
+        means >= 0); ``acc7`` (equality after clipping to [-3, 3] and rounding half to even). F1 is weighted by class
+        frequency. All but mae and corr are fractions of 1.
+
+    Raises:
+        ValueError: no clips, two lengths, or a value that is not finite.
+    """
+    prediction, label = _vector(prediction), _vector(label)
+    if len(prediction) != len(label):
+        raise ValueError(f"{len(prediction)} predictions for {len(label)} labels")
+    constant = any(bool(x.min() == x.max()) for x in (prediction, label))
+    nonzero = label != 0
+    acc2_nonzero, f1_nonzero = _binary(prediction[nonzero] > 0, label[nonzero] > 0)
+    acc2_has0, f1_has0 = _binary(prediction >= 0, label >= 0)
+    seven = (_seven_classes(prediction), _seven_classes(label))
+    return {
+        "mae": mean_absolute_error(prediction, label).item(),
+        # torchmetrics' Pearson warns at every evaluation of a model that is still nearly constant.
+        "corr": 0.0 if constant else torch.corrcoef(torch.stack((prediction, label)))[0, 1].item(),
+        "acc2_nonzero": acc2_nonzero,
+        "acc2_has0": acc2_has0,
+        "f1_nonzero": f1_nonzero,
+        "f1_has0": f1_has0,
+        "acc7": multiclass_accuracy(*seven, num_classes=7, average="micro").item(),
+    }
+
+
+def floors(train_labels: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> Metrics:
+    """What a model that has seen nothing of a clip reaches on `labels`.
+
+    Args:
+        train_labels: [m] labels of the training split.
+        labels: [n] labels of the evaluated split.
+
+    Returns:
+        ``mae`` of the constant prediction "median of the *training* labels"; ``acc2_nonzero`` (None without a non-zero
+        label) and ``acc2_has0`` of the constant answer "positive".
+    """
+    median = float(np.median(_vector(train_labels).numpy()))
+    labels = _vector(labels)
+    positive = valence_metrics(torch.ones_like(labels), labels)
+    return {
+        "mae": mean_absolute_error(torch.full_like(labels, median), labels).item(),
+        "acc2_nonzero": positive["acc2_nonzero"],
+        "acc2_has0": positive["acc2_has0"],
+    }
+
+
+def gap(complete: Metrics, missing: Metrics) -> Metrics:
+    """Missing flow minus complete flow, per metric (mae: positive means worse without text; the others: negative does).
+
+    None where either side is None.
+    """
+    differences: Metrics = {}
+    for name, of_complete in complete.items():
+        of_missing = missing[name]
+        differences[name] = None if of_complete is None or of_missing is None else of_missing - of_complete
+    return differences

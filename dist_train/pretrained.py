@@ -1,0 +1,78 @@
+"""Loading transformers models and configurations, with errors a user can act on."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from sharding.errors import UserError
+
+WHERE_TO_FIND = "Give a local folder, or a hub id this machine can reach."
+# What transformers raises for files that are absent, damaged, of another model, or in need of a missing package.
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
+
+
+def cannot_load(where: str, name: str, error: Exception) -> UserError:
+    """The error for a model or tokenizer that transformers cannot load."""
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return UserError(where, f"cannot load {name!r} ({reason})", WHERE_TO_FIND)
+
+
+def load_model(kind: Any, where: str, name: str, **settings: Any) -> PreTrainedModel:
+    """kind.from_pretrained, which fills weights the files lack with random numbers: here that is an error.
+
+    Args:
+        kind: a model class of transformers, or an Auto class.
+        where: recipe key, for messages.
+        name: local folder or hub id.
+        settings: fields of the configuration to override.
+
+    Raises:
+        UserError: it cannot be loaded, or is another model.
+    """
+    try:
+        model, loaded = kind.from_pretrained(name, output_loading_info=True, **settings)
+    except LOAD_ERRORS as error:
+        raise cannot_load(where, name, error) from None
+    absent = sorted(loaded["missing_keys"])
+    if absent:
+        raise UserError(
+            where,
+            f"{name!r} lacks {len(absent)} weights of a {type(model).__name__}, e.g. {absent[0]}",
+            "Give the folder or hub id of a model of that kind.",
+        )
+    return model
+
+
+def config_problems(
+    kind: type[PreTrainedModel], fields: dict[str, Any], where: str, example: dict[str, Tensor]
+) -> Iterable[UserError]:
+    """Fields that the model's configuration does not know (it would take and ignore them), or with which it cannot run.
+
+    Args:
+        kind: model class.
+        fields: of its configuration.
+        where: recipe key of the fields.
+        example: an input to try the model on; it runs on the meta device, which computes shapes only.
+    """
+    config: Any = kind.config_class
+    known = config().to_dict().keys()
+    unknown = [name for name in fields if name not in known]
+    for name in unknown:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        remedy = f"Did you mean {where}.{near[0]}?" if near else f"See the fields of transformers.{config.__name__}."
+        yield UserError(f"{where}.{name}", f"is not a field of {config.__name__}", remedy)
+    if unknown:
+        return
+    try:
+        with torch.device("meta"), torch.no_grad():
+            kind(config(**fields)).eval()(**{name: value.to("meta") for name, value in example.items()})
+    except Exception as error:  # whatever it raises, the fields are to blame
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        yield UserError(where, f"does not make a working model ({reason})", f"See transformers.{config.__name__}.")

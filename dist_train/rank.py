@@ -1,0 +1,161 @@
+"""One rank's entry: joins its world, lets rank 0 prepare for all, and does the work."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import transformers
+from rich.console import Console
+
+from dist_train.build import fit_to_dataset, open_split, prepare_tokenizer
+from dist_train.evaluate import evaluate_checkpoint, find_checkpoint
+from dist_train.recipe import Recipe, load_recipe, write_recipe
+from dist_train.run_directory import RunDirectory
+from dist_train.tables import scores_table
+from dist_train.train import train
+from sharding import world as worlds
+from sharding.collectives import together
+from sharding.errors import UserError, UserErrors
+
+# Of torch's own calls inside transformers' WavLM and DeepSpeed; nothing a user could change.
+warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
+warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated")
+
+INTERRUPTED = 130  # exit code of a run that was asked to stop, as shells have it
+FREE_TO_CHANGE = {"training.epochs", "training.patience", "data.workers", "data.evaluation_batch"}  # on resuming
+
+
+def run_training(
+    world: worlds.World, recipe_path: Path, overrides: Sequence[str], run: RunDirectory, *, fresh: bool, resume: bool
+) -> int:
+    """`dist-train train` in this rank. Returns the exit code.
+
+    Args:
+        fresh: the run directory has still to be made (nobody launched this rank who made it).
+
+    Raises:
+        UserError, UserErrors: the same on all ranks for a wrong recipe, or on one rank for a bad sample.
+    """
+    console = Console(quiet=world.rank != 0)
+    if world.rank != 0:
+        transformers.utils.logging.disable_progress_bar()
+    worlds.join(world, with_deepspeed=True)
+    together(lambda: prepare(recipe_path, overrides, run, fresh=fresh, resume=resume) if world.rank == 0 else None)
+    finished = train(load_recipe(run.recipe), run, resume=resume)
+    if world.rank != 0:
+        return 0 if finished else INTERRUPTED
+    if not finished:
+        console.print(f"Stopped and saved. Continue with: dist-train train {recipe_path} --output {run.path} --resume")
+        return INTERRUPTED
+    from dist_train.report import write_report  # noqa: PLC0415  draws; only rank 0 needs it
+
+    summary = json.loads(run.summary.read_text())
+    split = "test" if "test" in summary else "valid"
+    console.print(
+        scores_table(
+            summary[split], f"{split} split, best checkpoint on {summary['selected_on']} (step {summary['best_step']})"
+        )
+    )
+    for note in summary["notes"]:
+        console.print(f"Note: {note}")
+    console.print(f"Report: {write_report(run.path)}")
+    return 0
+
+
+def run_evaluation(world: worlds.World, run: RunDirectory, checkpoint: str, split: str, *, as_json: bool) -> int:
+    """`dist-train evaluate` in this rank. Returns the exit code."""
+    worlds.join(world, with_deepspeed=False)
+    run.open()
+    scores = evaluate_checkpoint(run, load_recipe(run.recipe), find_checkpoint(run, checkpoint), split)
+    if world.rank == 0:
+        if as_json:
+            print(json.dumps({"split": split, **scores}, indent=1))
+        else:
+            Console().print(scores_table(scores, f"{split} split: {scores['clips']} clips"))
+    return 0
+
+
+def prepare(recipe_path: Path, overrides: Sequence[str], run: RunDirectory, *, fresh: bool, resume: bool) -> None:
+    """What one rank does for all: checks the recipe against data and world, and fills the run directory.
+
+    Raises:
+        UserError, UserErrors: what is wrong, before anything costly starts.
+    """
+    recipe = fit_to_dataset(load_recipe(recipe_path, overrides))
+    check_size(recipe)
+    if resume:
+        run.open()
+        check_same(load_recipe(run.recipe), recipe)
+        find_checkpoint(run, "last")
+    else:
+        if fresh:
+            run.create()
+        prepare_tokenizer(recipe, run.tokenizer)
+        run.write_environment(dist.get_world_size())
+    write_recipe(recipe, run.recipe)
+
+
+def check_size(recipe: Recipe) -> None:
+    """Refuses data that cannot feed every rank.
+
+    Raises:
+        UserError: fewer clips, or a smaller batch, than there are places to fill.
+    """
+    ranks, accumulation = dist.get_world_size(), recipe.training.accumulation
+    clips = len(open_split(recipe, "train"))
+    open_split(recipe, "valid")
+    if clips < ranks:
+        raise UserError(
+            recipe.data.path, f"has {clips} training clips for {ranks} ranks", f"Use at most {clips} ranks."
+        )
+    if recipe.data.batch < ranks * accumulation:
+        raise UserError(
+            "data.batch",
+            f"{recipe.data.batch} clips cannot feed {ranks} ranks × {accumulation} micro-steps",
+            f"Write at least {ranks * accumulation}.",
+        )
+
+
+def check_same(before: Recipe, now: Recipe) -> None:
+    """Refuses to resume under a recipe that would train something else.
+
+    Raises:
+        UserErrors: each key that differs.
+    """
+    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
+    errors = [
+        UserError(
+            key,
+            f"is {new.get(key)!r}, the run was started with {old.get(key)!r}",
+            "Resume with the run's own recipe.yaml.",
+        )
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
+    ]
+    if errors:
+        raise UserErrors(errors)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys."""
+    rows: dict[str, Any] = {}
+    for key, value in values.items():
+        rows.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
+    return rows
+
+
+def end(code: int) -> None:
+    """Leaves the world and ends at once: interpreter shutdown after gloo now and then aborts although all work is
+    done.
+    """
+    worlds.leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,300 @@
+"""A recipe: YAML → settings models that live beside the code they configure. All problems are reported at once."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+from transformers import LlamaForCausalLM, WavLMModel
+
+from dist_train.audio import SAMPLE_RATE, AudioSettings
+from dist_train.batch import DataSettings
+from dist_train.filterbank import fits_filterbank
+from dist_train.fusion import FusionSettings
+from dist_train.imagination import ImaginationSettings
+from dist_train.llm import SimulationSettings, TextSettings
+from dist_train.losses import LossSettings
+from dist_train.optimizer import OptimizerSettings, ScheduleSettings
+from dist_train.pretrained import config_problems
+from sharding.errors import UserError, UserErrors
+from sharding.zero import ZeroSettings
+
+SHOWN_CHARACTERS = 60  # of a wrong value in a message
+UNKNOWN = ("extra_forbidden", "invalid_key")  # pydantic's names of errors about a key, not a value
+
+
+class TrainingSettings(BaseModel):
+    """How long, how often to look, when to stop."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    epochs: int = Field(25, ge=1, description="Passes over the training split.")
+    accumulation: int = Field(
+        1,
+        ge=1,
+        description="Micro-steps per optimizer step. MSE is exact over all of them; "
+        "RMSE and RNC compare the clips of one micro-step over all ranks.",
+    )
+    validate_every: Annotated[int, Field(ge=1)] | Literal["epoch"] = Field(
+        "epoch", description="Validate after each epoch, or every N steps."
+    )
+    select_on: Literal["mean", "complete", "missing"] = Field(
+        "mean", description="Flow whose validation MAE selects the best checkpoint; `mean` of both."
+    )
+    patience: int | None = Field(
+        None, ge=1, description="Stop after this many validations without a better one. Default: never."
+    )
+
+
+class Widths(BaseModel):
+    """Feature widths, filled in from the dataset when a run starts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    audio: int = Field(1, ge=1, description="Width of KEY.audio.npy.")
+    text: int = Field(1, ge=1, description="Width of KEY.text.npy.")
+    vision: int = Field(1, ge=1, description="Width of KEY.vision.npy.")
+
+
+class Recipe(BaseModel):
+    """Everything that decides a run, except how many ranks do it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, data order and dropout.")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Arithmetic; masters, losses and softmax over time are fp32."
+    )
+    data: DataSettings
+    widths: Widths = Field(default_factory=Widths, description="Filled in from the dataset.")
+    audio: AudioSettings = Field(default_factory=AudioSettings)
+    text: TextSettings = Field(default_factory=TextSettings)
+    simulation: SimulationSettings = Field(default_factory=SimulationSettings)
+    imagination: ImaginationSettings = Field(default_factory=ImaginationSettings)
+    fusion: FusionSettings = Field(default_factory=FusionSettings)
+    loss: LossSettings = Field(default_factory=LossSettings)
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    zero: ZeroSettings = Field(default_factory=ZeroSettings)
+
+    def conflicts(self) -> Iterable[UserError]:
+        """Fields that are right by themselves and wrong together."""
+        if self.audio.input == "waveform" and (self.audio.pretrained is None) == (self.audio.config is None):
+            yield UserError(
+                "audio",
+                "needs exactly one of pretrained and config",
+                "Write audio.pretrained: microsoft/wavlm-large (or a folder), or audio.config: {…}.",
+            )
+        if (self.text.pretrained is None) == (self.text.config is None):
+            yield UserError(
+                "text",
+                "needs exactly one of pretrained and config",
+                "Write text.pretrained: lmsys/vicuna-7b-v1.5 (or a folder), or text.config: {…}.",
+            )
+        if self.audio.config is not None:
+            second = {"input_values": torch.zeros(1, SAMPLE_RATE)}
+            problems = list(config_problems(WavLMModel, self.audio.config, "audio.config", second))
+            yield from problems
+            if self.audio.start == "filterbank" and not problems and not fits_filterbank(self.audio.config):
+                yield UserError(
+                    "audio.start",
+                    "is filterbank, but audio.config has other convolutions than two of [4·n, 2·n] channels",
+                    "Write audio.config.conv_dim: [128, 64] for 32 bands, or audio.start: random.",
+                )
+        if self.text.config is not None:
+            words = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
+            yield from config_problems(LlamaForCausalLM, self.text.config, "text.config", words)
+        unused = self.text.input == "features" and self.simulation.rollout == "none"
+        if self.text.config is not None and self.text.tuning == "frozen" and not unused:
+            yield UserError(
+                "text.tuning",
+                "freezes a language model with random weights, which can tell nothing of a transcript",
+                "Write text.tuning: full.",
+            )
+        if self.text.tuning != "frozen" and unused:
+            yield UserError(
+                "text.tuning",
+                "trains a language model that nothing uses (text.input: features, simulation.rollout: none)",
+                "Write text.tuning: frozen.",
+            )
+
+
+def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Reads a recipe and applies `a.b=c` overrides.
+
+    Raises:
+        UserErrors: every problem of the recipe and the overrides, each naming the key, what is wrong and what to write.
+        UserError: the file cannot be read as YAML.
+    """
+    values, errors = read(path), []
+    for text in overrides:
+        key, equals, _ = text.partition("=")
+        try:
+            if not equals or not all(key.split(".")):
+                raise ValueError("it is not key=value")
+            values = OmegaConf.merge(values, OmegaConf.from_dotlist([text]))
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, LookupError) as error:
+            remedy = "Write key=value, e.g. training.epochs=3; the value is YAML."
+            errors.append(UserError(text, f"cannot be applied ({one_line(error)})", remedy))
+    try:
+        plain: Any = OmegaConf.to_container(values, resolve=True)
+        recipe = validate(plain)
+    except OmegaConfBaseException as error:
+        errors.append(UserError(str(path), one_line(error).rstrip("."), r"Write \${…} for a literal ${…}."))
+    except UserErrors as found:
+        errors += found.errors
+    if errors:
+        raise UserErrors(errors)
+    return recipe
+
+
+def read(path: Path) -> Any:
+    """The mapping in a YAML file.
+
+    Raises:
+        UserError: there is none.
+    """
+    example = "Give the path of a recipe such as recipes/quickstart.yaml."
+    try:
+        values = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(str(path), f"is not YAML ({one_line(error)})", "Correct the file at that place.") from None
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read ({error.strerror or one_line(error)})", example) from None
+    if not OmegaConf.is_dict(values):
+        raise UserError(str(path), "is not a mapping of keys to values", example)
+    return values
+
+
+def one_line(error: Exception) -> str:
+    """The error's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def validate(values: dict[str, Any]) -> Recipe:
+    """A Recipe of plain values, or UserErrors with all problems."""
+    wrong: set[str] = set()
+    try:
+        recipe, errors = Recipe.model_validate(values), []
+    except ValidationError as error:
+        details = error.errors()
+        # An alternative of several reports once per alternative.
+        errors = list({str(found): found for found in map(explain, details)}.values())
+        # What is wrong falls back to its default, so that conflicts among the rest are found in the same pass.
+        places = [detail["loc"] if detail["type"] in UNKNOWN else locate(detail["loc"])[0] for detail in details]
+        wrong = {locate(detail["loc"])[0][0] for detail in details if detail["type"] not in UNKNOWN}
+        try:
+            recipe = Recipe.model_validate(without(values, places))
+        except ValidationError:
+            raise UserErrors(errors) from None
+    # A section with a wrong value may conflict with itself only because of the default put in its place.
+    errors += [conflict for conflict in recipe.conflicts() if conflict.where.split(".")[0] not in wrong]
+    if errors:
+        raise UserErrors(errors)
+    return recipe
+
+
+def without(values: dict[str, Any], places: Iterable[Sequence[int | str]]) -> dict[str, Any]:
+    """A copy of nested dicts less the named places; the data path is kept present."""
+    kept = copy.deepcopy(values)
+    for place in places:
+        inner: Any = kept
+        for key in place[:-1]:
+            inner = inner.get(key) if isinstance(inner, dict) else None
+        if isinstance(inner, dict) and place:
+            inner.pop(place[-1], None)
+    kept.setdefault("data", {}).setdefault("path", "?")
+    return kept
+
+
+def explain(detail: ErrorDetails) -> UserError:
+    """One pydantic error in the words of the recipe."""
+    place, schema = locate(detail["loc"])
+    key = ".".join(place)
+    if detail["type"] in UNKNOWN:
+        key = ".".join(map(str, detail["loc"]))
+        return UserError(key, "is not a key of the recipe", nearest(str(detail["loc"][-1]), place, schema))
+    if detail["type"] == "missing" and "prefixItems" not in schema:
+        key = ".".join([*place, *schema.get("required", [])[:1]])  # of a section: what it cannot do without
+        return UserError(key, "is missing", f"Write {key}: {locate(key.split('.'))[1]['description']}")
+    shown = json.dumps(detail["input"], default=str, ensure_ascii=False)
+    shown = shown if len(shown) <= SHOWN_CHARACTERS else f"{shown[:SHOWN_CHARACTERS]}…"
+    return UserError(key, f"cannot be {shown}", f"Write {expected(schema)}.")
+
+
+@cache
+def recipe_schema() -> dict[str, Any]:
+    """JSON schema of recipes."""
+    return Recipe.model_json_schema()
+
+
+def locate(loc: Iterable[int | str]) -> tuple[list[str], dict[str, Any]]:
+    """The key of the recipe that contains `loc` (pydantic also counts list items and alternatives), and its schema."""
+    place: list[str] = []
+    schema = recipe_schema()
+    for part in loc:
+        if part not in schema.get("properties", {}):
+            break
+        place.append(str(part))
+        schema = schema["properties"][part]
+        if "$ref" in schema:
+            schema = recipe_schema()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
+    return place, schema
+
+
+def nearest(name: str, place: list[str], schema: dict[str, Any]) -> str:
+    """What an unknown key in the section at `place` may have meant: a neighbour, or one of that name elsewhere."""
+    known = list(schema.get("properties", {}))
+    near = [[*place, match] for match in difflib.get_close_matches(name, known, n=1)]
+    elsewhere = [[section, name] for section in recipe_schema()["properties"] if locate([section, name])[0][1:]]
+    for candidate in near + elsewhere:
+        return f"Did you mean {'.'.join(candidate)}?"
+    return f"Known here: {', '.join(known)}."
+
+
+def expected(schema: dict[str, Any]) -> str:
+    """The values that a JSON schema allows, in words."""
+    if "anyOf" in schema:
+        return ", or ".join(expected(part) for part in schema["anyOf"])
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        *others, last = map(str, schema["enum"])
+        return f"{', '.join(others)} or {last}"
+    if "prefixItems" in schema:
+        return f"a list of {len(schema['prefixItems'])} values, each {expected(schema['prefixItems'][0])}"
+    if schema.get("type") == "array":
+        return f"a list of at least {schema.get('minItems', 0)} values, each {expected(schema['items'])}"
+    words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
+    words |= {"null": "null", "object": "a mapping of keys to values"}
+    bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+    limits = " and ".join(f"{sign} {schema[bound]:g}" for bound, sign in bounds.items() if bound in schema)
+    return f"{words[schema['type']]}, {limits}" if limits else words[schema["type"]]
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes a recipe, all defaults spelled out; it runs again as it is."""
+    text = yaml.safe_dump(escaped(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def escaped(value: Any) -> Any:
+    """Nested values whose strings OmegaConf reads back literally: ${…} would be looked up."""
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value

@@ -1,0 +1,272 @@
+"""One self-contained page about a run: numbers, figures, recipe. Reads the run directory, changes nothing it reads."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+import yaml
+
+from dist_train import figures
+from dist_train.figures import Draw
+from dist_train.run_record import FLOWS, SPLITS, Run, number, read_run
+from sharding.errors import UserError
+
+METRICS = {
+    "mae": ("MAE (label units)", "lower is better"),
+    "corr": ("Pearson r", "higher is better"),
+    "acc7": ("Acc-7", "equal after clipping to ±3 and rounding"),
+    "acc2_nonzero": ("Acc-2, non-zero", "positive against negative, zero labels left out"),
+    "f1_nonzero": ("F1, non-zero", "weighted"),
+    "acc2_has0": ("Acc-2, has-0", "non-negative against negative"),
+    "f1_has0": ("F1, has-0", "weighted"),
+}
+# arXiv 2410.15029, Table II: CMU-MOSEI test MAE. Other corpora have other labels and are not comparable.
+MOSEI_PUBLISHED = {"complete": 0.506, "missing": 0.550}
+
+
+class Plot(NamedTuple):
+    """A figure of the page. `draw` is None when the run has no data for it; then `caption` says so."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Draw | None
+
+
+def write_report(run: Path) -> Path:
+    """Write `run/report.html` and `run/figures/*.png`; return the page's path.
+
+    A file that is absent or damaged is named on the page; what is there is shown.
+
+    Raises:
+        UserError: `run` is not a run directory, or cannot be written to.
+    """
+    record = read_run(run)
+    plots = list(plan_plots(record))
+    try:
+        (run / "figures").mkdir(exist_ok=True)
+        shown = []
+        for plot in plots:
+            image = ""
+            if plot.draw is not None:
+                png = figures.render(plot.draw)
+                (run / "figures" / f"{plot.name}.png").write_bytes(png)
+                image = "data:image/png;base64," + base64.b64encode(png).decode()
+            shown.append({"title": plot.title, "caption": plot.caption, "image": image})
+        page = run / "report.html"
+        page.write_text(_template().render(_context(record), plots=shown), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            str(run), f"the report cannot be written ({error.strerror})", "Free or allow the place."
+        ) from None
+    return page
+
+
+def plan_plots(run: Run) -> Iterator[Plot]:
+    """The figures of the page in order, each bound to its data."""
+    evaluated = [record for record in run.evals if record.get("split") == "valid"]
+    yield _plot_validation(run, evaluated)
+    yield _plot_similarity(run)
+    yield from _plots_predictions(run)
+    absent = "No training step was logged."
+    step = run.column("step")
+    terms = {
+        name: run.column(name) for name in dict.fromkeys(k for r in run.steps for k in r) if name.startswith("loss")
+    }
+    terms = {name: values for name, values in terms.items() if np.isfinite(values).any()}
+    yield Plot(
+        "losses",
+        "Loss terms",
+        "Unweighted terms. Pale: each logged step. Solid: moving average." if terms else absent,
+        partial(figures.losses, step, terms) if terms else None,
+    )
+    yield Plot(
+        "schedule",
+        "Learning rate and gradient norm",
+        "The norm is of all trainable parameters, before clipping." if run.steps else absent,
+        partial(figures.schedule, step, run.column("lr"), run.column("grad_norm")) if run.steps else None,
+    )
+    seconds = np.nan_to_num(run.column("step_seconds"))
+    timed = bool((seconds > 0).any())
+    yield Plot(
+        "throughput",
+        "Throughput and waiting",
+        "Clips of all ranks per second of step time, and the share of that time spent waiting for the next batch."
+        if timed
+        else absent,
+        partial(figures.throughput, *_pace(run, seconds)) if timed else None,
+    )
+    peak = np.nan_to_num(run.column("peak_bytes"))
+    if (peak > 0).any():
+        yield Plot(
+            "memory",
+            "Peak memory",
+            "Of rank 0: GPU memory, or that of the process on a CPU.",
+            partial(figures.memory, step, peak),
+        )
+
+
+def _plot_validation(run: Run, records: list[dict[str, Any]]) -> Plot:
+    title = "Validation error of both flows"
+    mae = {flow: np.array([number(_get(r, flow, "mae")) for r in records]) for flow in FLOWS}
+    mae = {flow: values for flow, values in mae.items() if np.isfinite(values).any()}
+    if not mae:
+        return Plot("validation", title, "No validation was logged.", None)
+    floors = [value for r in records if math.isfinite(value := number(_get(r, "floor", "mae")))]
+    caption = "MAE on the validation split; the dashed floor always answers the median training label."
+    if run.is_mosei:
+        caption += (
+            " Dotted: published test results on MOSEI (arXiv 2410.15029), which selected the epoch on the test set."
+        )
+    best = number(run.summary.get("best_step"))
+    draw = partial(
+        figures.validation,
+        np.array([number(record.get("step")) for record in records]),
+        mae,
+        floor=floors[-1] if floors else None,
+        best_step=int(best) if math.isfinite(best) else None,
+        published=MOSEI_PUBLISHED if run.is_mosei else {},
+    )
+    return Plot("validation", title, caption, draw)
+
+
+def _plots_predictions(run: Run) -> Iterator[Plot]:
+    titles = {"scatter": "Prediction against label", "error_by_label": "Error by label"}
+    if run.predictions is None:
+        for name, title in titles.items():
+            yield Plot(name, title, "No predictions were written.", None)
+        return
+    split, label, flows = run.predictions
+    about = f"{len(label)} clips of the {split} split."
+    jitter = " Dashed: prediction equals label. Points of tied labels are spread sideways a little."
+    yield Plot("scatter", titles["scatter"], about + jitter, partial(figures.scatter, label, flows))
+    bars = " Whiskers: 95 % interval of the mean."
+    yield Plot("error_by_label", titles["error_by_label"], about + bars, partial(figures.error_by_label, label, flows))
+
+
+def _plot_similarity(run: Run) -> Plot:
+    title = "Do the flows agree? Representations by label"
+    if run.representations is None:
+        return Plot("similarity", title, "No representations were written.", None)
+    split, complete, missing, label = run.representations
+    matrix = figures.distances(complete, missing)
+    own, other = np.diag(matrix).mean(), matrix[~np.eye(len(label), dtype=bool)].mean() if len(label) > 1 else math.nan
+    caption = (
+        f"L2 distance between final representations of {len(label)} clips of the {split} split, ordered by label. The "
+        "closer the right matrix is to the left one, the better the missing flow stands in for the complete one. "
+        f"Mean distance of a clip's two flows: {own:.3g}"
+        + (f"; of different clips: {other:.3g}." if math.isfinite(other) else ".")
+    )
+    return Plot("similarity", title, caption, partial(figures.similarity, complete, missing, label))
+
+
+def _pace(run: Run, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(training time, clips/s, share of waiting) per logged step. `samples` counts from the start of the run."""
+    step, samples = run.column("step"), run.column("samples")
+    passed = np.diff(step, prepend=0.0 if step[0] > 0 else np.nan)
+    clips = np.diff(samples, prepend=0.0) / np.where(passed > 0, passed, np.nan)
+    if step[0] > 1:  # resumed or logged rarely: the first record alone does not tell its own step's clips
+        clips[0] = np.nan
+    safe = np.where(seconds > 0, seconds, np.nan)
+    waiting = np.clip(run.column("data_seconds") / safe, 0, 1)
+    return np.cumsum(seconds * np.nan_to_num(passed, nan=1.0)), clips / safe, waiting
+
+
+def _context(run: Run) -> dict[str, Any]:
+    """What the template shows beside the figures."""
+    split, results = next(((s, run.summary[s]) for s in SPLITS if isinstance(run.summary.get(s), dict)), ("", {}))
+    when = ""
+    if not results and run.evals:
+        results, split = run.evals[-1], str(run.evals[-1].get("split"))
+        when = f" after step {_show(number(results.get('step')), ',.0f')}"
+    rows = []
+    for key, (name, hint) in METRICS.items():
+        complete, missing = (number(_get(results, flow, key)) for flow in FLOWS)
+        gap = number(_get(results, "gap", key))
+        cells = [
+            complete,
+            missing,
+            missing - complete if math.isnan(gap) else gap,
+            number(_get(results, "floor", key)),
+        ]
+        if any(map(math.isfinite, cells)):
+            signed = [_show(cells[2], "+.3f") if k == 2 else _show(cell, ".3f") for k, cell in enumerate(cells)]
+            rows.append({"name": name, "hint": hint, "cells": signed})
+    mae = {flow: number(_get(results, flow, "mae")) for flow in FLOWS}
+    floor = number(_get(results, "floor", "mae"))
+    tiles = [
+        (flow, _show(value, ".3f"), _show(value / floor, ".2f") if floor > 0 else "") for flow, value in mae.items()
+    ]
+    summary = run.summary
+    facts = {
+        "Steps": _show(number(run.steps[-1].get("step")), ",.0f") if run.steps else "",
+        "Selected step": summary.get("best_step"),
+        "Clips trained on": _show(number(summary.get("samples")), ",.0f", ""),
+        "Ranks": summary.get("world_size"),
+        "Training time": _duration(number(summary.get("seconds"))),
+        "Seed": summary.get("seed"),
+        "Set aside": f"{summary['set_aside']} bad samples" if summary.get("set_aside") else "",
+    }
+    notes = summary.get("notes")
+    return {
+        "name": run.path.resolve().name,
+        "split": split,
+        "when": when,
+        "selected_on": summary.get("selected_on"),
+        "selected_flow": summary.get("selected_flow"),
+        "tiles": tiles,
+        "floor": _show(floor, ".3f", ""),
+        "rows": rows,
+        "facts": {name: str(value) for name, value in facts.items() if value not in (None, "")},
+        "notes": [str(note) for note in notes] if isinstance(notes, list) else [],
+        "problems": run.problems,
+        "recipe": {section: " · ".join(_leaves(content)) for section, content in run.recipe.items()},
+        "recipe_text": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else "",
+        "environment_text": yaml.safe_dump(run.environment, sort_keys=False, allow_unicode=True)
+        if run.environment
+        else "",
+        "flow_colours": figures.FLOW_COLOURS,
+        "flow_names": figures.FLOW_NAMES,
+    }
+
+
+def _leaves(content: Any) -> Iterator[str]:
+    """The settings of one section of the recipe that were set: `key value`, nested sections left to the full text."""
+    if not isinstance(content, dict):
+        yield str(content)
+        return
+    for key, value in content.items():
+        if value is not None and not isinstance(value, dict):
+            shown = " ".join(str(value).split())
+            yield f"{key} {shown if len(shown) <= 60 else shown[:59] + '…'}"
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("dist_train", "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.j2")
+
+
+def _get(record: Any, *keys: str) -> Any:
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def _show(value: float, form: str, absent: str = "–") -> str:
+    return format(value, form).replace("-", "−") if math.isfinite(value) else absent
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return ""
+    whole = round(seconds)
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {whole % 60} s" if minutes else f"{seconds:.1f} s"

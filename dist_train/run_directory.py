@@ -1,0 +1,161 @@
+"""The run directory: what a run leaves behind, by name (DESIGN §3)."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from sharding.errors import UserError
+
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "transformers",
+    "peft",
+    "webdataset",
+    "safetensors",
+    "numpy",
+    "bitsandbytes",
+    "flash-attn",
+)
+
+
+class RunDirectory:
+    """Paths inside a run directory, and what is written there.
+
+    Args:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.summary = path / "summary.json"
+        self.checkpoints = path / "checkpoints"
+        self.tokenizer = path / "tokenizer"
+        self.logs = path / "logs"
+        self._made: list[Path] = []  # by create, innermost first
+
+    def create(self) -> None:
+        """Makes a new run directory.
+
+        Raises:
+            UserError: it exists, or cannot be made.
+        """
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(
+                str(self.path), "exists already", "Give another --output, or continue that run with --resume."
+            )
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        try:
+            self.logs.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                str(self.path), f"cannot be made ({error.strerror})", "Give an --output you may write to."
+            ) from None
+
+    def discard_unstarted(self) -> None:
+        """Removes the directory again, and parents made for it, if no run began in it."""
+        if not self.recipe.is_file():
+            shutil.rmtree(self.logs, ignore_errors=True)
+            shutil.rmtree(self.tokenizer, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                for folder in self._made:
+                    folder.rmdir()
+
+    def open(self) -> None:
+        """Checks that the directory holds a run.
+
+        Raises:
+            UserError: it does not.
+        """
+        if not self.recipe.is_file():
+            raise UserError(
+                str(self.path), "is not a run directory (no recipe.yaml)", "Give the --output of `dist-train train`."
+            )
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Appends one line to metrics.jsonl.
+
+        Raises:
+            UserError: the disk refuses it.
+        """
+        try:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(
+                str(self.metrics),
+                f"cannot be written ({error.strerror})",
+                "Free space or permissions, then run again with --resume.",
+            ) from None
+
+    def rewind(self, step: int) -> None:
+        """Drops metrics of steps after `step`: a resumed run writes them again. Drops a line cut by a full disk too."""
+        if self.metrics.is_file():
+            rows = [row for row in self.metrics.read_text().splitlines() if step_of(row) <= step]
+            temporary = self.metrics.with_suffix(".new")
+            temporary.write_text("".join(row + "\n" for row in rows))
+            temporary.replace(self.metrics)
+
+    def write_environment(self, world_size: int) -> None:
+        """environment.json: versions, code, hardware, command."""
+        (self.path / "environment.json").write_text(json.dumps(environment(world_size), indent=1))
+
+
+def step_of(row: str) -> float:
+    """Step of a line of metrics.jsonl; infinite for a line that is not whole."""
+    try:
+        return json.loads(row)["step"]
+    except ValueError:
+        return math.inf
+
+
+def environment(world_size: int) -> dict[str, Any]:
+    """What this run was made with."""
+    import torch  # noqa: PLC0415  the launcher makes run directories without it
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "command": shlex.join(sys.argv),
+        "world_size": world_size,
+        "python": platform.python_version(),
+        "packages": versions,
+        "git": git_revision(),
+        "host": platform.node(),
+        "system": platform.platform(),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def git_revision() -> str | None:
+    """Commit of this code, with "+changes" if the working tree differs; None outside a git checkout."""
+    source = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(source), *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,183 @@
+"""The record of a run, read back from its directory. What is absent or damaged is left out and named, never raised."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import yaml
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from sharding.errors import UserError
+
+FLOWS = ("complete", "missing")
+MARKS = ("recipe.yaml", "metrics.jsonl", "summary.json")
+SPLITS = ("test", "valid")  # what is shown of a run, best first
+
+
+class Predictions(NamedTuple):
+    """Rows of predictions_<split>.csv: arrays [n] in label units."""
+
+    split: str
+    label: np.ndarray
+    flows: dict[str, np.ndarray]
+
+
+class Representations(NamedTuple):
+    """representations_<split>.safetensors: [n, 128], [n, 128], [n]."""
+
+    split: str
+    complete: np.ndarray
+    missing: np.ndarray
+    label: np.ndarray
+
+
+@dataclass
+class Run:
+    """What could be read from a run directory; `problems` says in plain words what could not."""
+
+    path: Path
+    recipe: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evals: list[dict[str, Any]] = field(default_factory=list)
+    predictions: Predictions | None = None
+    representations: Representations | None = None
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def is_mosei(self) -> bool:
+        """The recipe's data path names MOSEI."""
+        data = self.recipe.get("data")
+        path = data.get("path") if isinstance(data, dict) else None
+        return re.search(r"(?<![a-z])(cmu)?mosei(?![a-z])", str(path or ""), re.IGNORECASE) is not None
+
+    def column(self, name: str) -> np.ndarray:
+        """[n] of a field of the step records; NaN where it is absent or not a number."""
+        return np.array([number(record.get(name)) for record in self.steps])
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory. Damaged lines and files are left out and named in `problems`.
+
+    Raises:
+        UserError: not a directory, or none of a run's files in it.
+    """
+    if not path.is_dir():
+        raise UserError(str(path), "no such directory", "Give the --output directory of a training run.")
+    if not any((path / name).is_file() for name in MARKS):
+        raise UserError(
+            str(path),
+            f"not a run directory (none of {', '.join(MARKS)} in it)",
+            "Give the --output directory of a training run.",
+        )
+    run = Run(path)
+    run.recipe = _mapping(run, "recipe.yaml", yaml.safe_load)
+    run.environment = _mapping(run, "environment.json", json.loads)
+    run.summary = _mapping(run, "summary.json", json.loads)
+    _read_metrics(run)
+    for split in SPLITS:
+        run.predictions = run.predictions or _read_predictions(run, split)
+        run.representations = run.representations or _read_representations(run, split)
+    if not (path / "summary.json").is_file():
+        run.problems.insert(
+            0, "No summary.json: this run was interrupted or is still training. Shown is what it wrote."
+        )
+    return run
+
+
+def number(value: Any) -> float:
+    """A float; NaN for what is none or beyond fp32 (JSON may hold null, text or Infinity where a number belongs)."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+    return number if abs(number) < 2.0**128 else math.nan
+
+
+def _read_metrics(run: Run) -> None:
+    try:
+        text = (run.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        run.problems.append("metrics.jsonl is absent or unreadable.")
+        return
+    steps: dict[float, dict[str, Any]] = {}
+    evals: dict[tuple[float, str], dict[str, Any]] = {}
+    skipped = 0
+    for line in filter(str.strip, text.splitlines()):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not math.isfinite(step := number(record.get("step"))):
+            skipped += 1
+        elif record.get("kind") == "step":
+            steps[step] = record  # a resumed run repeats the steps after its checkpoint: the last word counts
+        elif record.get("kind") == "eval":
+            evals[step, str(record.get("split"))] = record
+    run.steps = [steps[step] for step in sorted(steps)]
+    run.evals = [evals[key] for key in sorted(evals)]
+    if skipped:
+        run.problems.append(f"metrics.jsonl: {skipped} damaged line{'s' * (skipped > 1)} skipped.")
+
+
+def _read_predictions(run: Run, split: str) -> Predictions | None:
+    path = run.path / f"predictions_{split}.csv"
+    if not path.is_file():
+        return None
+    try:
+        with path.open(newline="", encoding="utf-8", errors="replace") as file:
+            rows = [[number(row.get(name)) for name in ("label", *FLOWS)] for row in csv.DictReader(file)]
+    except (OSError, csv.Error) as error:
+        run.problems.append(f"{path.name} cannot be read: {error}.")
+        return None
+    table = np.array(rows, dtype=np.float64).reshape(-1, 3)
+    good = np.isfinite(table).all(1)
+    if not good.all() or not len(table):
+        run.problems.append(f"{path.name}: {int((~good).sum())} of {len(table)} rows are unusable and left out.")
+    label, complete, missing = table[good].T
+    return Predictions(split, label, {"complete": complete, "missing": missing}) if len(label) else None
+
+
+def _read_representations(run: Run, split: str) -> Representations | None:
+    path = run.path / f"representations_{split}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+        complete, missing, label = tensors["complete"], tensors["missing"], tensors["label"]
+    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        run.problems.append(f"{path.name} cannot be read: {error}.")
+        return None
+    if complete.ndim != 2 or complete.shape != missing.shape or label.shape != complete.shape[:1] or not label.size:
+        run.problems.append(
+            f"{path.name}: shapes {complete.shape}, {missing.shape}, {label.shape} do not fit together."
+        )
+        return None
+    good = np.isfinite(complete).all(1) & np.isfinite(missing).all(1) & np.isfinite(label)
+    if not good.all():
+        run.problems.append(f"{path.name}: {int((~good).sum())} of {len(good)} clips are not finite and left out.")
+    return Representations(split, complete[good], missing[good], label[good]) if good.any() else None
+
+
+def _mapping(run: Run, name: str, parse: Any) -> dict[str, Any]:
+    """A JSON or YAML object, {} when the file is absent or damaged (then named in `problems`)."""
+    path = run.path / name
+    if not path.is_file():
+        return {}
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        content = None
+    if isinstance(content, dict):
+        return content
+    run.problems.append(f"{name} is damaged and was left out.")
+    return {}

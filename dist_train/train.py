@@ -1,0 +1,308 @@
+"""The loop: one engine, one forward and one backward over both flows per micro-step."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from dist_train.build import build_collator, build_model, open_split, to_device
+from dist_train.diagnose import finite, non_finite_gradient, non_finite_loss
+from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, predict, score
+from dist_train.global_loss import GlobalLoss, Rows, global_loss
+from dist_train.llm import load_tokenizer
+from dist_train.notes import shortcomings
+from dist_train.optimizer import build_optimizer
+from dist_train.progress import Display
+from dist_train.recipe import Recipe
+from dist_train.run_directory import RunDirectory
+from sharding import checkpoint
+from sharding.collectives import any_rank, device, gather_objects, together
+from sharding.engine_state import adam, own_gradient_norm
+from sharding.order import EpochPlan
+from sharding.signals import StopFlag
+from sharding.stream import stream
+from sharding.zero import build_engine
+
+
+@dataclass
+class Progress:
+    """How far a run is. `step` counts optimizer steps made; `epoch` and `epoch_step` say which comes next."""
+
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    best_step: int | None = None
+    best_mae: float = float("inf")
+    validations_since_best: int = 0
+    set_aside: list[str] = field(default_factory=list)
+
+
+@dataclass
+class StepResult:
+    """One optimizer step, for metrics.jsonl."""
+
+    loss: float
+    terms: dict[str, float]
+    grad_norm: float | None
+    tokens: int
+
+
+class Trainer:
+    """Everything one rank holds during training.
+
+    Args:
+        recipe: resolved recipe.
+        run: its directory; the tokenizer is there already.
+        resume: continue from the last checkpoint.
+
+    Raises:
+        UserError: data, models or the checkpoint do not fit.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunDirectory, *, resume: bool) -> None:
+        self.recipe, self.run = recipe, run
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.train_split, self.valid_split = open_split(recipe, "train"), open_split(recipe, "valid")
+        tokenizer = load_tokenizer(str(run.tokenizer))
+        model = build_model(recipe, tokenizer)
+        self.collate = build_collator(recipe, tokenizer, model)
+        self.base = checkpoint.fingerprint(model)
+        self.progress = Progress()
+        last = find_checkpoint(run, "last") if resume else None
+        if last is not None:
+            check_base(model, checkpoint.read_state(last), last)
+            checkpoint.load_weights(model, last)
+        trainables = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.engine = build_engine(
+            model.to(device()),
+            build_optimizer(recipe.optimizer, trainables),
+            recipe.zero,
+            micro_batch=self.plan(0).rows(0),
+            accumulation=recipe.training.accumulation,
+            clip_norm=recipe.optimizer.clip_norm,
+            bf16=recipe.precision == "bf16",
+        )
+        if last is not None:
+            self.progress = Progress(**checkpoint.load(self.engine, last)["progress"])
+            if self.rank == 0:
+                run.rewind(self.progress.step)
+
+    def plan(self, epoch: int) -> EpochPlan:
+        """Order and cut of an epoch."""
+        recipe = self.recipe
+        return EpochPlan(
+            len(self.train_split), recipe.data.batch, recipe.training.accumulation, self.world, recipe.seed, epoch
+        )
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.recipe.training.epochs * self.plan(0).steps
+
+    def fit(self, display: Display, stop: StopFlag) -> bool:
+        """Trains to the end, to early stopping, or to a requested stop. Returns whether it was stopped by request.
+
+        Raises:
+            UserError: bad input, or a loss or gradient that is not finite.
+        """
+        progress = self.progress
+        while progress.epoch < self.recipe.training.epochs:
+            plan = self.plan(progress.epoch)
+            for _ in self.steps(plan, display):
+                ended = progress.epoch_step == plan.steps
+                if ended:
+                    progress.epoch, progress.epoch_step = progress.epoch + 1, 0
+                validated = self.validation_due(ended)
+                if validated:
+                    self.validate(display)
+                if any_rank(stop.raised):
+                    if not validated:
+                        self.save("last")
+                    return True
+                patience = self.recipe.training.patience
+                if patience is not None and progress.validations_since_best >= patience:
+                    return False
+        return False
+
+    def steps(self, plan: EpochPlan, display: Display) -> Any:
+        """Makes the optimizer steps of an epoch that are left, yielding after each."""
+        progress = self.progress
+        batches = stream(
+            self.train_split,
+            plan,
+            self.rank,
+            self.collate,
+            start_step=progress.epoch_step,
+            workers=self.recipe.data.workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        for epoch_step in range(progress.epoch_step, plan.steps):
+            started, waited = time.perf_counter(), 0.0
+
+            def next_batch() -> Any:
+                nonlocal waited
+                before = time.perf_counter()
+                batch = together(lambda: next(batches))
+                waited += time.perf_counter() - before
+                return batch
+
+            rate = self.learning_rate(progress.step, progress.epoch)
+            result = self.step(next_batch, len(plan.batch(epoch_step)), rate)
+            seconds = time.perf_counter() - started
+            progress.step += 1
+            progress.epoch_step += 1
+            progress.samples += len(plan.batch(epoch_step))
+            progress.seconds += seconds
+            if self.rank == 0:
+                self.run.log(
+                    {
+                        "kind": "step",
+                        "step": progress.step,
+                        "epoch": progress.epoch,
+                        "samples": progress.samples,
+                        "loss": result.loss,
+                        **{f"loss/{name}": value for name, value in result.terms.items()},
+                        "lr": rate,
+                        "grad_norm": result.grad_norm,
+                        "tokens": result.tokens,
+                        "step_seconds": seconds,
+                        "data_seconds": waited,
+                        "peak_bytes": peak_bytes(),
+                    }
+                )
+            display.step(progress.step, result.loss, len(plan.batch(epoch_step)) / seconds)
+            yield
+
+    def learning_rate(self, step: int, epoch: int) -> float:
+        """Learning rate of the next step."""
+        recipe = self.recipe
+        return recipe.optimizer.learning_rate * recipe.schedule.factor(step, epoch, self.total_steps)
+
+    def step(self, next_batch: Callable[[], Any], clips: int, rate: float) -> StepResult:
+        """One optimizer step over `accumulation` micro-batches holding `clips` clips over all ranks."""
+        engine, accumulation = self.engine, self.recipe.training.accumulation
+        engine.train()
+        for group in adam(engine).param_groups:
+            group["lr"] = rate
+        terms: dict[str, float] = {}
+        seen: list[tuple[Rows, Any]] = []
+        total, tokens = 0.0, 0
+        for micro in range(accumulation):
+            batch = next_batch()
+            self.progress.set_aside += batch.pop("set_aside")
+            batch = to_device(batch, device())
+            # Dropout is a function of these numbers: a resumed run draws the same.
+            draw = np.random.SeedSequence([self.recipe.seed, self.progress.step, micro, self.rank])
+            torch.manual_seed(int(draw.generate_state(1, np.uint64)[0]))
+            result: GlobalLoss = global_loss(engine(batch), batch, self.recipe.loss)
+            if not finite(result):
+                raise non_finite_loss(self.progress.step + 1, result, batch, self.train_split.keys)
+            seen.append((result.rows.detached(), batch))
+            # DeepSpeed divides by the number of micro-steps; micro-steps may hold different numbers of clips.
+            share = result.clips * accumulation / clips if accumulation > 1 else 1.0
+            engine.backward(result.loss * share)
+            total += result.loss.item() * share / accumulation
+            for name, term in result.terms.items():
+                terms[name] = terms.get(name, 0.0) + term.item() * share / accumulation
+            tokens += result.tokens
+            norm = own_gradient_norm(engine) if micro == accumulation - 1 else None
+            engine.step()
+        norm = engine.get_global_grad_norm() if norm is None else norm
+        norm = None if norm is None else float(norm)
+        if norm is not None and not np.isfinite(norm):
+            raise non_finite_gradient(self.progress.step + 1, seen, self.recipe.loss, self.train_split.keys)
+        return StepResult(total, terms, norm, tokens)
+
+    def validation_due(self, epoch_ended: bool) -> bool:
+        """Whether to validate after the step just made; always after the last one."""
+        every = self.recipe.training.validate_every
+        last = epoch_ended and self.progress.epoch == self.recipe.training.epochs
+        return last or (epoch_ended if every == "epoch" else self.progress.step % every == 0)
+
+    def validate(self, display: Display) -> None:
+        """Evaluates on the validation split, keeps count of the best, and saves (collective)."""
+        progress, recipe = self.progress, self.recipe
+        self.engine.eval()
+        predictions = predict(
+            self.engine, self.valid_split, self.collate, batch=recipe.data.evaluation_batch, workers=recipe.data.workers
+        )
+        scores = score(predictions, self.train_split.labels)
+        flows = ["complete", "missing"] if recipe.training.select_on == "mean" else [recipe.training.select_on]
+        mae = float(np.mean([scores[flow]["mae"] for flow in flows]))
+        better = mae < progress.best_mae
+        progress.validations_since_best = 0 if better else progress.validations_since_best + 1
+        if better:
+            progress.best_step, progress.best_mae = progress.step, mae
+        if self.rank == 0:
+            row = {"kind": "eval", "step": progress.step, "epoch": progress.epoch, "split": "valid"}
+            self.run.log({**row, **{part: scores[part] for part in ("complete", "missing", "floor")}})
+        self.save(*(("last", "best") if better else ("last",)))
+        display.validation(progress.epoch, scores, better)
+
+    def save(self, *pointers: str) -> None:
+        """Saves a checkpoint (collective)."""
+        every = gather_objects(self.progress.set_aside)
+        self.progress.set_aside = sorted({problem for part in every for problem in part})
+        state = {
+            "progress": asdict(self.progress),
+            "seed": self.recipe.seed,
+            "world_size": self.world,
+            "zero_stage": self.recipe.zero.stage,
+            "base": self.base,
+            "content_hash": self.train_split.info.content_hash,
+        }
+        checkpoint.save(self.engine, self.run.checkpoints, self.progress.step, state, pointers)
+
+
+def peak_bytes() -> int:
+    """Most memory held so far: of the GPU, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def train(recipe: Recipe, run: RunDirectory, *, resume: bool) -> bool:
+    """One rank's part of a run: training, then the test split with the best checkpoint. Returns False if stopped by
+    request (collective).
+    """
+    with StopFlag() as stop:
+        trainer = Trainer(recipe, run, resume=resume)
+        with Display(trainer.total_steps, trainer.progress.step, quiet=trainer.rank != 0) as display:
+            stopped = trainer.fit(display, stop)
+        progress, world = trainer.progress, trainer.world
+        train_split = trainer.train_split
+        if stopped:
+            return False
+        del trainer  # its memory is needed by the evaluation
+        best = find_checkpoint(run, "best")
+        splits = {"valid": evaluate_checkpoint(run, recipe, best, "valid")}
+        if "test" in train_split.info.splits:
+            splits["test"] = evaluate_checkpoint(run, recipe, best, "test")
+    if dist.get_rank() == 0:
+        summary = {
+            "best_step": progress.best_step,
+            "selected_on": "valid",
+            "selected_flow": recipe.training.select_on,
+            **splits,
+            "world_size": world,
+            "zero_stage": recipe.zero.stage,
+            "steps": progress.step,
+            "epochs": progress.epoch,
+            "samples": progress.samples,
+            "seconds": round(progress.seconds, 1),
+            "seed": recipe.seed,
+            "set_aside": len(progress.set_aside),
+            "notes": shortcomings(recipe, train_split, progress.set_aside, splits),
+        }
+        run.summary.write_text(json.dumps(summary, indent=1))
+    return True

@@ -1,0 +1,81 @@
+"""Exchange between ranks: rows of a global batch with their gradient, flags, and gathered results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sharding.errors import UserError, UserErrors
+
+T = TypeVar("T")
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        whole = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+        dist.all_gather(list(whole.chunk(dist.get_world_size())), rows.contiguous())
+        ctx.rows = len(rows)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # Every rank computes the same loss from the same rows, so each already has the gradient of its own
+        # rows. Data parallelism then averages over ranks,
+        # while the gradient of one global loss is the sum over them.
+        start = dist.get_rank() * ctx.rows
+        return gradient[start : start + ctx.rows] * dist.get_world_size()
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """rows [b, …] of each rank → [world·b, …] in rank order, differentiable.
+
+    For a loss that every rank computes alike from the gathered rows: after the usual gradient averaging over
+    ranks the gradient equals that of one process
+    holding all rows. All ranks must pass the same shape.
+    """
+    return _GatherRows.apply(rows)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; the same answer on all (collective)."""
+    agreed = torch.tensor(int(flag), device=device())
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    return bool(agreed)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The value of each rank, in rank order, on all ranks (collective; for small results outside the step)."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(action: Callable[[], T]) -> T:
+    """Runs `action` on every rank; a user error on any of them ends all, and rank 0 tells it (collective).
+
+    Otherwise the ranks without the error would wait in the next exchange for one that has left.
+
+    Raises:
+        UserErrors: on every rank; empty on all but rank 0.
+    """
+    errors: list[UserError] = []
+    try:
+        value = action()
+    except UserError as error:
+        errors = [error]
+    except UserErrors as error:
+        errors = error.errors
+    if any_rank(bool(errors)):
+        every = {str(error): error for part in gather_objects(errors) for error in part}
+        raise UserErrors(list(every.values()) if dist.get_rank() == 0 else [])
+    return value
+
+
+def device() -> torch.device:
+    """Where this rank computes."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

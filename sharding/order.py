@@ -1,0 +1,109 @@
+"""Which sample goes where: a pure function of (seed, epoch), whatever the number of shards, workers and ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which epoch `epoch` visits the samples 0 … n-1 (positions in the key-sorted split).
+
+    Sorts the raw 64-bit stream of Philox4x64 keyed by (seed, epoch). NumPy guarantees raw bit streams across versions,
+    which it does not for `Generator.permutation` (NEP 19), so an old run can be continued under a new NumPy.
+
+    Args:
+        n: number of samples.
+        seed: 0 … 2^64-1.
+        epoch: 0 … 2^64-1.
+
+    Returns:
+        int64 [n], each index once.
+
+    Raises:
+        ValueError: n, seed or epoch is negative or beyond 64 bits.
+    """
+    if n < 0 or not 0 <= seed < 2**64 or not 0 <= epoch < 2**64:
+        raise ValueError(f"n, seed and epoch must lie in 0 … 2^64-1, got {n}, {seed}, {epoch}")
+    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(n)
+    return np.argsort(bits, kind="stable").astype(np.int64)
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """The steps of one epoch, cut over accumulation × world slots.
+
+    Step s trains on samples [s·G, (s+1)·G) of the epoch's order; the last step may have fewer. This batch of R samples
+    is laid over the slots (micro-step major, then rank) as evenly as possible, and every slot is filled up to
+    ceil(R / slots) rows, so that all ranks run the same modules in the same micro-step. The batch itself does not
+    depend on world size or accumulation: a run continues at step `samples_consumed // global_batch`, at any world size.
+
+    Args:
+        samples: size of the split, >= 1.
+        global_batch: G, samples per optimizer step, >= 1.
+        accumulation: micro-steps per optimizer step, >= 1.
+        world_size: ranks, >= 1.
+        seed: order seed.
+        epoch: epoch number, from 0.
+        shuffle: False visits the samples in key order (evaluation).
+
+    Raises:
+        ValueError: a size is below 1.
+    """
+
+    samples: int
+    global_batch: int
+    accumulation: int
+    world_size: int
+    seed: int
+    epoch: int
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "global_batch", "accumulation", "world_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """int64 [samples]: the order of this epoch."""
+        return permutation(self.samples, self.seed, self.epoch) if self.shuffle else np.arange(self.samples)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the epoch, the uneven last one included."""
+        return -(-self.samples // self.global_batch)
+
+    def batch(self, step: int) -> np.ndarray:
+        """int64 [R]: the global batch of a step, R = global_batch or, in the last step, what is left."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of an epoch of {self.steps} steps")
+        return self.order[step * self.global_batch : (step + 1) * self.global_batch]
+
+    def rows(self, step: int) -> int:
+        """Rows in every micro-batch of a step, the same on all ranks: ceil(R / (world_size · accumulation))."""
+        return -(-len(self.batch(step)) // (self.world_size * self.accumulation))
+
+    def micro_batch(self, step: int, micro: int, rank: int) -> list[tuple[int, bool]]:
+        """The rows of one rank in one micro-step.
+
+        Concatenating the real rows over micro (outer) and rank (inner) gives `batch(step)`.
+
+        Returns:
+            [(sample index, real)], `rows(step)` long. real=False marks a filler: a repeat of a sample of this batch
+            that only keeps the ranks in step and must not enter the loss.
+
+        Raises:
+            IndexError: step, micro or rank is out of range.
+        """
+        if not (0 <= micro < self.accumulation and 0 <= rank < self.world_size):
+            raise IndexError(f"micro {micro} of {self.accumulation}, rank {rank} of {self.world_size}")
+        batch = self.batch(step)
+        slots, slot = self.world_size * self.accumulation, micro * self.world_size + rank
+        each, longer = divmod(len(batch), slots)  # the first `longer` slots hold one sample more
+        start = slot * each + min(slot, longer)
+        mine = batch[start : start + each + (slot < longer)].tolist()
+        filler = mine[0] if mine else int(batch[slot % len(batch)])
+        return [(index, True) for index in mine] + [(filler, False)] * (self.rows(step) - len(mine))

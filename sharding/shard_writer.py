@@ -1,0 +1,295 @@
+"""Writes the on-disk corpus of `shards`: equal samples give equal bytes, and OUT appears only when it is complete."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import tarfile
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import soundfile
+
+from sharding.errors import UserError
+from sharding.shards import (
+    FORMAT,
+    SAMPLE_RATE,
+    SPLITS,
+    Columns,
+    DatasetInfo,
+    Dims,
+    LabelStatistics,
+    SetAside,
+    ShardEntry,
+    ShardIndex,
+    Split,
+    SplitInfo,
+    content_hash,
+)
+
+_END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
+
+
+@dataclass(frozen=True)
+class PackedSample:
+    """A sample as it goes into a tar: its byte range and its row of the index."""
+
+    data: bytes
+    row: dict[str, Any]  # Columns without offset
+
+
+def pack_sample(
+    key: str,
+    label: float,
+    split: str,
+    *,
+    audio: np.ndarray | None = None,
+    text: str | None = None,
+    text_features: np.ndarray | None = None,
+    vision: np.ndarray | None = None,
+    extra: dict[str, Any] | None = None,
+) -> PackedSample:
+    """Encode one sample. Equal input gives equal bytes.
+
+    Args:
+        key: sample name without "." and "/" (WebDataset groups files by what precedes the first dot).
+        label: finite.
+        split: one of SPLITS.
+        audio: float [samples], a 16 kHz waveform in [-1, 1] (stored as PCM16), or float [T, D] features.
+        text: transcript.
+        text_features: float [T, D].
+        vision: float [T, D].
+        extra: JSON values kept in KEY.json.
+    """
+    parts: dict[str, bytes] = {}
+    waveform = audio is not None and audio.ndim == 1
+    if waveform:
+        parts["wav"] = _encode_wav(audio)
+    elif audio is not None:
+        parts["audio.npy"] = _encode_npy(audio)
+    if text is not None:
+        parts["txt"] = text.encode()
+    if text_features is not None:
+        parts["text.npy"] = _encode_npy(text_features)
+    if vision is not None:
+        parts["vision.npy"] = _encode_npy(vision)
+    record = {**(extra or {}), "key": key, "label": label, "split": split}
+    parts["json"] = json.dumps(record, sort_keys=True).encode()
+
+    data = b"".join(_tar_member(f"{key}.{extension}", parts[extension]) for extension in sorted(parts))
+    row = {
+        "key": key,
+        "size": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "label": float(label),
+        "audio_seconds": len(audio) / SAMPLE_RATE if audio is not None and waveform else None,
+        "audio_frames": len(audio) if audio is not None and not waveform else None,
+        "text_characters": None if text is None else len(text),
+        "text_frames": None if text_features is None else len(text_features),
+        "vision_frames": None if vision is None else len(vision),
+    }
+    return PackedSample(data, row)
+
+
+def _encode_wav(waveform: np.ndarray | None) -> bytes:
+    assert waveform is not None
+    buffer = io.BytesIO()
+    # Our own rounding: reading divides by 32768, so PCM16 input is kept bit by bit.
+    pcm = np.clip(np.rint(waveform * 32768.0), -32768, 32767).astype(np.int16)
+    soundfile.write(buffer, pcm, SAMPLE_RATE, format="WAV", subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def _encode_npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, np.ascontiguousarray(array, dtype=np.float32), allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _tar_member(name: str, data: bytes) -> bytes:
+    header = tarfile.TarInfo(name)  # mtime, uid and gid are 0, owner names empty
+    header.size, header.mode = len(data), 0o444
+    return header.tobuf(tarfile.PAX_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+@dataclass
+class _OpenShard:
+    """The tar of one split that is being written."""
+
+    split: Split
+    name: str
+    stream: BinaryIO
+    hash: Any = field(default_factory=hashlib.sha256)
+    columns: Columns = field(default_factory=Columns)
+    size: int = 0
+
+    def write(self, data: bytes) -> None:
+        self.stream.write(data)
+        self.hash.update(data)
+        self.size += len(data)
+
+
+class DatasetWriter:
+    """Takes packed samples in order; made by `write_dataset`."""
+
+    def __init__(self, directory: Path, dims: Dims, label_range: tuple[float, float], samples_per_shard: int) -> None:
+        self.set_aside: list[SetAside] = []
+        self._directory, self._dims = directory, dims
+        self._label_range, self._samples_per_shard = label_range, samples_per_shard
+        self._open: dict[Split, _OpenShard] = {}
+        self._entries: dict[Split, list[ShardEntry]] = {}
+        self._columns: dict[Split, Columns] = {}
+        self._files = ExitStack()
+
+    def add(self, split: Split, sample: PackedSample) -> None:
+        """Append a sample to the split's current tar.
+
+        Raises:
+            OSError: the disk refuses it.
+        """
+        shard = self._open.get(split) or self._start_shard(split)
+        for name, value in {**sample.row, "offset": shard.size}.items():
+            getattr(shard.columns, name).append(value)
+        shard.write(sample.data)
+        if len(shard.columns.key) == self._samples_per_shard:
+            self._end_shard(self._open.pop(split))
+
+    def finish(self) -> DatasetInfo:
+        """Close the tars and write dataset.json."""
+        for shard in self._open.values():
+            self._end_shard(shard)
+        self._open.clear()
+        info = DatasetInfo(
+            splits={split: self._split_info(split) for split in SPLITS if split in self._columns},
+            dims=self._dims,
+            label_range=self._label_range,
+            set_aside=self.set_aside,
+            content_hash=content_hash(
+                (split, *pair) for split, c in self._columns.items() for pair in zip(c.key, c.sha256, strict=True)
+            ),
+        )
+        _write_synced(self._directory / "dataset.json", info.model_dump_json(indent=1))
+        return info
+
+    def close(self) -> None:
+        """Close the open tars without finishing them."""
+        self._files.close()
+
+    def _start_shard(self, split: Split) -> _OpenShard:
+        name = f"{split}-{len(self._entries.get(split, [])):06d}.tar"
+        stream = self._files.enter_context((self._directory / name).open("wb"))
+        self._open[split] = _OpenShard(split, name, stream)
+        return self._open[split]
+
+    def _end_shard(self, shard: _OpenShard) -> None:
+        shard.write(_END_OF_ARCHIVE)
+        shard.stream.flush()
+        os.fsync(shard.stream.fileno())
+        shard.stream.close()
+        split, sha256, columns = shard.split, shard.hash.hexdigest(), shard.columns
+        index = ShardIndex.model_construct(
+            format=FORMAT, split=split, tar=shard.name, bytes=shard.size, sha256=sha256, columns=columns
+        )
+        _write_synced(self._directory / f"{shard.name}.index.json", index.model_dump_json())
+        entry = ShardEntry(file=shard.name, samples=len(columns.key), bytes=shard.size, sha256=sha256)
+        self._entries.setdefault(split, []).append(entry)
+        total = self._columns.setdefault(split, Columns())
+        for name in Columns.model_fields:
+            getattr(total, name).extend(getattr(columns, name))
+
+    def _split_info(self, split: Split) -> SplitInfo:
+        c = self._columns[split]
+        audio = zip(c.audio_seconds, c.audio_frames, strict=True)
+        text = zip(c.text_characters, c.text_frames, strict=True)
+        return SplitInfo(
+            shards=self._entries[split],
+            samples=len(c.key),
+            seconds=sum(s or 0.0 for s in c.audio_seconds),
+            labels=_label_statistics(c.label, self._label_range),
+            missing={
+                "audio": sum(pair == (None, None) for pair in audio),
+                "text": sum(pair == (None, None) for pair in text),
+                "vision": sum(frames is None for frames in c.vision_frames),
+            },
+        )
+
+
+@contextmanager
+def write_dataset(
+    out: Path, *, dims: Dims, label_range: tuple[float, float], samples_per_shard: int
+) -> Iterator[DatasetWriter]:
+    """Write a dataset into a hidden directory beside `out`, renamed to `out` when the block ends well, else removed.
+
+    Raises:
+        UserError: `out` exists, cannot be written, the disk is full, or Ctrl-C was pressed.
+    """
+    refuse_existing(out)
+    partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
+    made = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
+    writer = DatasetWriter(partial, dims, label_range, samples_per_shard)
+    try:
+        partial.mkdir(parents=True)
+        yield writer
+        writer.finish()
+        partial.rename(out)
+        made.clear()
+    except KeyboardInterrupt:
+        raise UserError(str(out), "interrupted", "Nothing was kept; run the command again") from None
+    except OSError as error:
+        raise _write_error(out, error) from error
+    finally:
+        # A full disk refuses the buffered rest once more on close; the file goes away anyway.
+        with suppress(OSError):
+            writer.close()
+        shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            if parent.exists() and not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def refuse_existing(out: Path) -> None:
+    """Refuses to write over anything.
+
+    Raises:
+        UserError: `out` exists.
+    """
+    if out.exists() or out.is_symlink():
+        raise UserError(str(out), "exists", "Name a new directory, or remove this one first")
+
+
+def _write_error(out: Path, error: OSError) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(
+            str(out), f"disk full ({error.strerror})", "Nothing was kept; free space or choose another disk"
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(str(out), f"no write permission ({error.strerror})", "Choose a directory you may write to")
+    return UserError(str(out), f"cannot be written ({error.strerror or error})", "Choose another directory")
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _label_statistics(labels: list[float], label_range: tuple[float, float]) -> LabelStatistics:
+    counts, edges = np.histogram(labels, bins=12, range=label_range)
+    return LabelStatistics(
+        min=min(labels),
+        max=max(labels),
+        mean=float(np.mean(labels)),
+        median=float(np.median(labels)),
+        edges=edges.tolist(),
+        counts=counts.tolist(),
+    )

@@ -1,0 +1,300 @@
+"""The on-disk corpus: plain WebDataset tars, an index beside each, one dataset.json.
+
+`shard_writer` writes it; here are its models and the reading of samples by byte range.
+
+Sample bytes do not depend on the shard they lie in, so `content_hash` (sha256 over the sorted lines
+"split TAB key TAB sample sha256 NEWLINE") names the content and not its layout: other shard sizes, manifest orders and
+worker counts give the same hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import soundfile
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
+
+from sharding.errors import UserError, UserErrors
+
+FORMAT = "dist-train-shards/1"
+SPLITS = ("train", "valid", "test")
+SAMPLE_RATE: Literal[16000] = 16000
+REMAKE = "Copy the shards again, or make them anew with `dist-train shards make`"
+
+Split = Literal["train", "valid", "test"]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+TarName = Annotated[str, Field(pattern=r"^(train|valid|test)-\d{6,}\.tar$")]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Columns(BaseModel):
+    """One entry per sample, in tar order; None where the modality is absent."""
+
+    key: list[str] = []
+    offset: list[NonNegativeInt] = []  # bytes from the start of the tar
+    size: list[PositiveInt] = []  # bytes, headers included
+    sha256: list[Sha256] = []  # of those bytes
+    label: list[FiniteFloat] = []
+    audio_seconds: list[float | None] = []  # waveforms
+    audio_frames: list[int | None] = []  # features
+    text_characters: list[int | None] = []  # transcript
+    text_frames: list[int | None] = []  # features
+    vision_frames: list[int | None] = []
+
+
+class ShardIndex(BaseModel):
+    """TAR.index.json: names its tar and where each sample lies in it."""
+
+    format: str = FORMAT
+    split: Split
+    tar: TarName
+    bytes: int
+    sha256: Sha256
+    columns: Columns
+
+
+class ShardEntry(BaseModel):
+    """A tar as dataset.json lists it."""
+
+    file: TarName
+    samples: PositiveInt
+    bytes: PositiveInt
+    sha256: Sha256
+
+
+class LabelStatistics(BaseModel):
+    """Of one split. `counts[i]` labels lie in [edges[i], edges[i+1]), the last bin closed."""
+
+    min: float
+    max: float
+    mean: float
+    median: float
+    edges: list[float]
+    counts: list[int]
+
+
+class SplitInfo(BaseModel):
+    """One split; `missing` counts the samples without audio, text (neither transcript nor features), vision."""
+
+    shards: list[ShardEntry]
+    samples: int
+    seconds: float  # of waveforms
+    labels: LabelStatistics
+    missing: dict[Literal["audio", "text", "vision"], int]
+
+
+class Dims(BaseModel):
+    """Widths that all samples share; None: no sample has that kind."""
+
+    audio: PositiveInt | Literal["waveform"] | None = None
+    text: PositiveInt | None = None
+    vision: PositiveInt | None = None
+
+
+class SetAside(BaseModel):
+    """A sample of the manifest that is not in the shards, and why."""
+
+    key: str
+    reason: str
+
+
+class DatasetInfo(BaseModel):
+    """dataset.json."""
+
+    format: str = FORMAT
+    splits: dict[Split, SplitInfo]
+    dims: Dims
+    sample_rate: Literal[16000] = SAMPLE_RATE
+    label_range: tuple[float, float]
+    set_aside: list[SetAside]
+    content_hash: Sha256
+
+
+def content_hash(samples: Iterable[tuple[str, str, str]]) -> str:
+    """sha256 of (split, key, sample sha256) triples, in any order."""
+    return hashlib.sha256("".join("\t".join(line) + "\n" for line in sorted(samples)).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A checked shard directory: dataset.json and the indexes that were asked for."""
+
+    root: Path
+    info: DatasetInfo
+    indexes: dict[str, list[ShardIndex]]
+
+
+def load_dataset(root: Path, split: str | None = None) -> Dataset:
+    """Read dataset.json and the indexes of one split (or all), and check them against the tars' names and sizes.
+
+    Raises:
+        UserError: no shard directory, another format version, unknown split, no shards.
+        UserErrors: every missing, truncated or mismatched tar and index.
+    """
+    info = load_info(root)
+    if split is not None and split not in info.splits:
+        remedy = (
+            f"Use {' or '.join(info.splits)}, or put clips of that split into the manifest and make the shards anew"
+        )
+        raise UserError(str(root), f"has no split {split!r}", remedy)
+    indexes: dict[str, list[ShardIndex]] = {}
+    errors: list[UserError] = []
+    for name, part in info.splits.items():
+        if split not in (None, name):
+            continue
+        indexes[name] = []
+        for entry in part.shards:
+            try:
+                indexes[name].append(load_index(root, name, entry))
+            except UserError as error:
+                errors.append(error)
+        keys = [key for index in indexes[name] for key in index.columns.key]
+        if len(set(keys)) != len(keys):
+            errors.append(UserError(str(root), f"split {name} holds a key twice", REMAKE))
+    if errors:
+        raise errors[0] if len(errors) == 1 else UserErrors(errors)
+    return Dataset(root, info, indexes)
+
+
+def load_info(root: Path) -> DatasetInfo:
+    """dataset.json of a shard directory.
+
+    Raises:
+        UserError: see `load_dataset`.
+    """
+    path = root / "dataset.json"
+    if not path.is_file():
+        remedy = "Name a directory made by `dist-train shards make`"
+        raise UserError(str(root), "is not a shard directory (no dataset.json)", remedy)
+    info = _load_json(path, DatasetInfo)
+    if not any(part.shards for part in info.splits.values()):
+        raise UserError(str(root), "has no shards", REMAKE)
+    return info
+
+
+def load_index(root: Path, split: str, entry: ShardEntry) -> ShardIndex:
+    """The index of one tar, checked against dataset.json and the tar's size.
+
+    Raises:
+        UserError: tar or index is missing, truncated or belongs to another.
+    """
+    tar = root / entry.file
+    path = root / f"{entry.file}.index.json"
+    if not tar.is_file():
+        raise UserError(str(tar), "is missing", REMAKE)
+    if not path.is_file():
+        raise UserError(str(path), "is missing", REMAKE)
+    index = _load_json(path, ShardIndex)
+    columns = index.columns
+    same = (index.tar, index.split, index.bytes, index.sha256, len(columns.key)) == (
+        (entry.file, split, entry.bytes, entry.sha256, entry.samples)
+    )
+    if not same:
+        raise UserError(str(path), f"is the index of another tar ({index.tar}, {index.bytes} bytes)", REMAKE)
+    lengths = {len(getattr(columns, name)) for name in Columns.model_fields}
+    ends = np.cumsum(columns.size)
+    if len(lengths) != 1 or columns.offset != [0, *ends[:-1].tolist()] or ends[-1] > index.bytes:
+        raise UserError(str(path), "is damaged (columns do not fit together)", REMAKE)
+    size = tar.stat().st_size
+    if size != index.bytes:
+        kind = "is truncated" if size < index.bytes else "is not the tar of its index"
+        raise UserError(str(tar), f"{kind} ({size} bytes, its index says {index.bytes})", REMAKE)
+    return index
+
+
+def _load_json(path: Path, model: type[Model]) -> Model:
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text)
+        version = raw.get("format") if isinstance(raw, dict) else None
+        if version != FORMAT:
+            raise UserError(str(path), f"has format {version!r}, this version reads {FORMAT!r}", REMAKE)
+        return model.model_validate(raw)
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read ({error.strerror})", "Check the permissions") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})"
+        raise UserError(str(path), problem, REMAKE) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(str(path), f"is damaged ({error})", REMAKE) from error
+
+
+def read_sample(fd: int, where: str, dims: Dims, *, key: str, offset: int, size: int, sha256: str) -> dict[str, Any]:
+    """Read, verify and decode one sample's byte range.
+
+    Args:
+        fd: open descriptor of the tar (its position is not used: safe to share).
+        where: the tar's path, for messages.
+        dims: widths of the dataset.
+        key, offset, size, sha256: the sample's row of the index.
+
+    Returns:
+        {"audio", "text", "text_features", "vision"} as in `pack_sample`, arrays float32, None where absent.
+
+    Raises:
+        UserError: the range is unreadable, has another checksum, does not decode, or has another width than
+            dims; names tar and key.
+    """
+    try:
+        data = os.pread(fd, size, offset)
+        if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
+            raise ValueError("bytes differ from the checksum in the index")
+        sample = _decode(key, data)
+        for modality, width in {"audio": dims.audio, "text_features": dims.text, "vision": dims.vision}.items():
+            array = sample[modality]
+            if array is not None and width != ("waveform" if array.ndim == 1 else array.shape[1]):
+                raise ValueError(f"{modality} has shape {list(array.shape)}, dataset.json says width {width}")
+        return sample
+    except (ValueError, OSError, EOFError, tarfile.TarError, soundfile.SoundFileError) as error:
+        raise UserError(f"{where}, sample {key}", str(error) or type(error).__name__, REMAKE) from error
+
+
+def _decode(key: str, data: bytes) -> dict[str, Any]:
+    sample: dict[str, Any] = {"audio": None, "text": None, "text_features": None, "vision": None}
+    for member, part in _members(data):
+        name, _, extension = member.partition(".")
+        if name != key:
+            raise ValueError(f"holds {member}, which is not of this sample")
+        if extension in ("wav", "flac"):
+            audio, rate = soundfile.read(io.BytesIO(part), dtype="float32")
+            if rate != SAMPLE_RATE or audio.ndim != 1:
+                raise ValueError(f"{extension} is not {SAMPLE_RATE} Hz mono")
+            sample["audio"] = audio
+        elif extension == "txt":
+            sample["text"] = part.decode()
+        elif extension in _ARRAYS:
+            array = np.load(io.BytesIO(part), allow_pickle=False)
+            if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype != np.float32:
+                raise ValueError(f"{extension} is not a float32 array [T, D]")
+            sample[_ARRAYS[extension]] = array
+    return sample
+
+
+_ARRAYS = {"audio.npy": "audio", "text.npy": "text_features", "vision.npy": "vision"}
+
+
+def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a sample's tar members. Plain headers are read here: tarfile takes ten times as long."""
+    start = 0
+    while start < len(data):
+        body = start + tarfile.BLOCKSIZE
+        if data[start + 156 : start + 157] != tarfile.REGTYPE:  # a long or non-ASCII name has an extended header first
+            with tarfile.open(fileobj=io.BytesIO(data[start:]), mode="r:") as tar:
+                for member in tar:
+                    content = tar.extractfile(member)
+                    yield member.name, content.read() if content else b""
+            return
+        name = data[start : start + 100].rstrip(b"\0").decode()
+        size = int(data[start + 124 : start + 135], 8)
+        yield name, data[body : body + size]
+        start = body + size + -size % tarfile.BLOCKSIZE

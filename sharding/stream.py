@@ -1,0 +1,204 @@
+"""Samples from shards: a map-style dataset over one split, and the micro-batches of one rank in plan order."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from sharding.errors import UserError, UserErrors
+from sharding.order import EpochPlan
+from sharding.shards import Columns, Dims, load_dataset, read_sample
+
+Sample = dict[str, Any]
+_MAX_OPEN = 64  # descriptors per process; a corpus may have more tars than a process may open files
+
+
+class ShardedSplit(Dataset[Sample]):
+    """One split, addressed by the sample's position in key order (so the shard layout does not show).
+
+    Picklable; descriptors are opened on first use in each process.
+
+    Args:
+        root: directory made by `dist-train shards make`.
+        split: train, valid or test.
+        on_bad_sample: "stop" raises, "set_aside" returns the sample with all modalities absent and
+            "set_aside": reason.
+
+    Attributes:
+        keys: list of the sample keys, sorted.
+        labels: float64 [n].
+        columns: the index, one list per column, in the order of `keys`.
+        dims: widths shared by all samples.
+        info: dataset.json.
+
+    Raises:
+        UserError: see `shards.load_dataset`.
+    """
+
+    def __init__(self, root: Path | str, split: str, on_bad_sample: Literal["stop", "set_aside"] = "stop") -> None:
+        dataset = load_dataset(Path(root), split)
+        self.root, self.split, self.on_bad_sample = dataset.root, split, on_bad_sample
+        self.info = dataset.info
+        self.dims: Dims = dataset.info.dims
+        indexes = dataset.indexes[split]
+        found = [key for index in indexes for key in index.columns.key]
+        order = sorted(range(len(found)), key=found.__getitem__)
+        tars = [index.tar for index in indexes for _ in index.columns.key]
+        self._tars = [tars[i] for i in order]
+        every = {name: [v for x in indexes for v in getattr(x.columns, name)] for name in Columns.model_fields}
+        self.columns = Columns()
+        for name, values in every.items():
+            setattr(self.columns, name, [values[i] for i in order])
+        self.keys = self.columns.key
+        self.labels = np.array(self.columns.label, dtype=np.float64)
+        self._open: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> Sample:
+        """One sample.
+
+        Returns:
+            {"key", "index", "label", "audio": float32 [samples] in [-1, 1] or [T, D] or None, "text": str or None,
+            "text_features": float32 [T, D] or None, "vision": float32 [T, D] or None}, and "set_aside": reason where
+            a bad sample was set aside (all modalities None).
+
+        Raises:
+            IndexError: beyond the split.
+            UserError: under "stop", the sample is damaged or of another width than dataset.json states.
+        """
+        if not 0 <= index < len(self.keys):
+            raise IndexError(f"sample {index} of {len(self.keys)}")
+        sample: Sample = {"key": self.keys[index], "index": index, "label": float(self.labels[index])}
+        try:
+            return sample | self._read(index)
+        except UserError as error:
+            if self.on_bad_sample == "stop":
+                raise
+            absent = dict.fromkeys(("audio", "text", "text_features", "vision"))
+            return sample | absent | {"set_aside": str(error)}
+
+    def _read(self, index: int) -> Sample:
+        c, tar = self.columns, self._tars[index]
+        return read_sample(
+            self._descriptor(tar),
+            str(self.root / tar),
+            self.dims,
+            key=c.key[index],
+            offset=c.offset[index],
+            size=c.size[index],
+            sha256=c.sha256[index],
+        )
+
+    def _descriptor(self, tar: str) -> int:
+        if tar not in self._open:
+            if len(self._open) >= _MAX_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+            try:
+                self._open[tar] = os.open(self.root / tar, os.O_RDONLY)
+            except OSError as error:
+                problem = f"cannot be opened ({error.strerror})"
+                raise UserError(str(self.root / tar), problem, "Check that the shards are still there") from error
+        return self._open[tar]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def __del__(self) -> None:
+        for descriptor in self.__dict__.get("_open", {}).values():
+            os.close(descriptor)
+
+
+class _Rows(Dataset[Any]):
+    """Reads (index, real) rows; hands errors over as values, because DataLoader rewrites what its workers raise."""
+
+    def __init__(self, split: ShardedSplit) -> None:
+        self.split = split
+
+    def __getitem__(self, row: tuple[int, bool]) -> Sample | UserError:
+        index, real = row
+        try:
+            sample = self.split[index]
+        except UserError as error:
+            return error
+        if not real:
+            sample.pop("set_aside", None)  # counted once, by its real row
+        return sample | {"real": real and "set_aside" not in sample}
+
+
+class _Collate:
+    def __init__(self, collate: Callable[[list[Sample]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Sample | UserError]) -> Any:
+        samples = [row for row in rows if not isinstance(row, UserError)]
+        errors = {str(row): row for row in rows if isinstance(row, UserError)}
+        if errors:
+            return UserErrors(list(errors.values())) if len(errors) > 1 else next(iter(errors.values()))
+        try:
+            return self.collate(samples)
+        except (UserError, UserErrors) as error:
+            return error
+
+
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C and the scheduler's warning reach the whole process group; only the trainer's handler may act on them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+
+
+def stream(
+    split: ShardedSplit,
+    plan: EpochPlan,
+    rank: int,
+    collate: Callable[[list[Sample]], Any],
+    *,
+    start_step: int = 0,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Generator[Any]:
+    """The micro-batches of one rank from `start_step` to the end of the epoch, step by step, micro by micro.
+
+    Nothing before `start_step` is read, so resuming costs no more than starting.
+
+    Args:
+        split: the samples; len(split) must be plan.samples.
+        plan: order and cut of the epoch.
+        rank: whose rows.
+        collate: gets a list of `plan.rows(step)` samples, each with "real": bool. real=False marks a filler or a
+            sample set aside (which also has "set_aside": reason, once per epoch); it must not enter the loss.
+            Picklable where workers are spawned.
+        start_step: samples_consumed // plan.global_batch.
+        workers: loader processes; 0 reads in this process.
+        pin_memory: pin the collated tensors.
+
+    Raises:
+        UserError: a bad sample under "stop", also out of a worker.
+        UserErrors: several in one micro-batch.
+    """
+    if plan.samples != len(split):
+        raise ValueError(f"the plan is for {plan.samples} samples, the split has {len(split)}")
+    rows = (
+        plan.micro_batch(step, micro, rank)
+        for step in range(start_step, plan.steps)
+        for micro in range(plan.accumulation)
+    )
+    loader = DataLoader(
+        _Rows(split),
+        batch_sampler=rows,
+        collate_fn=_Collate(collate),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
+    )
+    for batch in loader:
+        if isinstance(batch, (UserError, UserErrors)):
+            raise batch
+        yield batch

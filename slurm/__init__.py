@@ -1,0 +1,1 @@
+"""Where it runs: what this machine can reach of a Slurm cluster."""

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+from transformers import PreTrainedTokenizerBase
+
+from dist_train import evaluate
+from dist_train.build import build_collator, build_model, open_split
+from dist_train.evaluate import Predictions, check_base, find_checkpoint, predict, score, write_predictions
+from dist_train.model import DoubleFlow, Flows
+from dist_train.recipe import Recipe
+from dist_train.run_directory import RunDirectory
+from sharding.checkpoint import fingerprint
+from sharding.errors import UserError
+from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("world_of_one")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_corpus(tmp_path_factory.mktemp("corpus") / "shards", train=11, valid=2, test=9)
+
+
+def recipe(shards: Path, **changes: Any) -> Recipe:
+    return tiny.recipe(shards, widths={"vision": tiny.VISION_WIDTH}, **changes)
+
+
+def build(made: Recipe, tokenizer: PreTrainedTokenizerBase) -> DoubleFlow:
+    model = build_model(made, tokenizer).eval()
+    with torch.no_grad():
+        for parameter in model.fusion.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(2)
+    return model
+
+
+def run(made: Recipe, tokenizer: PreTrainedTokenizerBase, model: Any = None, batch: int = 4) -> Predictions:
+    known = build(made, tokenizer)
+    collate = build_collator(made, tokenizer, known)
+    return predict(model or known, open_split(made, "test"), collate, batch=batch, workers=0)
+
+
+def random_predictions(n: int = 40) -> Predictions:
+    rng = np.random.default_rng()
+    label, complete, missing = rng.uniform(-3.4, 3.4, (3, n)).astype(np.float32)
+    label[::5] = 0
+    shown = {name: rng.normal(size=(3, 128)).astype(np.float32) for name in ("complete", "missing")}
+    return Predictions(
+        keys=[f'k,{i} "é' for i in range(n)],
+        label=label,
+        complete=complete,
+        missing=missing,
+        present=rng.random((n, 3)) < 0.5,
+        representations={**shown, "label": label[:3]},
+        set_aside=[],
+    )
+
+
+def test_each_clip_is_predicted_once_in_key_order(
+    shards: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(shards)
+    model, split = build(made, tokenizer), open_split(made, "test")
+    collate = build_collator(made, tokenizer, model)
+    monkeypatch.setattr(evaluate, "SHOWN_CLIPS", 5)
+    for batch in (4, 100):
+        found = run(made, tokenizer, batch=batch)
+        assert found.keys == sorted(split.keys) and len(found.keys) == 9
+        for row in range(9):
+            sample = split[row]
+            alone = model(collate([{**sample, "real": True}]))
+            assert found.label[row] == np.float32(sample["label"])
+            for flow in ("complete", "missing"):
+                output = getattr(alone, flow)
+                assert getattr(found, flow)[row] == pytest.approx(output.prediction.item(), abs=1e-5)
+                if row < 5:
+                    expected = output.representation[0].detach().numpy()
+                    assert found.representations[flow][row] == pytest.approx(expected, abs=1e-5)
+            present = [sample[name] is not None for name in ("audio", "text", "vision")]
+            assert found.present[row].tolist() == present
+        assert found.representations["complete"].shape == found.representations["missing"].shape == (5, 128)
+        assert found.representations["label"].tolist() == found.label[:5].tolist()
+        assert len(set(found.complete.tolist())) == 9
+
+
+def test_clips_set_aside_are_told_and_left_out(shards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    made = recipe(shards, data={"on_bad_sample": "set_aside"}, audio={"max_seconds": 0.35})
+    split = open_split(made, "test")
+    long = {key for key, seconds in zip(split.keys, split.columns.audio_seconds, strict=True) if (seconds or 0) > 0.35}
+    assert 0 < len(long) < 9
+    found = run(made, tokenizer)
+    assert set(found.keys) == set(split.keys) - long
+    assert {text.split(":")[0] for text in found.set_aside} == long and len(found.set_aside) == len(long)
+    with pytest.raises(UserError, match="max_seconds"):
+        run(recipe(shards, audio={"max_seconds": 0.35}), tokenizer)
+
+
+def test_a_split_of_which_nothing_is_left_is_an_error(shards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    made = recipe(shards)
+    model = build(made, tokenizer)
+    collate = build_collator(made, tokenizer, model)
+
+    def none_real(samples: list[dict[str, Any]]) -> Any:
+        return collate([{**sample, "real": False} for sample in samples])
+
+    with pytest.raises(UserError, match="split test: has no clip"):
+        predict(model, open_split(made, "test"), none_real, batch=4, workers=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("flow", ["complete", "missing"])
+def test_predictions_that_are_not_finite_name_their_clips(
+    flow: str, value: float, shards: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    made = recipe(shards)
+    model = build(made, tokenizer)
+
+    def broken(batch: Any) -> Flows:
+        flows = model(batch)
+        getattr(flows, flow).prediction[(batch["index"] == 2) | (batch["index"] == 7)] = value
+        return flows
+
+    with pytest.raises(UserError, match=r"split test: .* 2 of 9 clips is not finite: test002, test007\."):
+        run(made, tokenizer, broken)
+
+
+def test_scores_against_numpy() -> None:
+    found = random_predictions()
+    train = np.random.default_rng().uniform(-3, 3, 31)
+    scores = score(found, train)
+    label = found.label.astype(float)
+    for flow in ("complete", "missing"):
+        predicted = getattr(found, flow).astype(float)
+        assert scores[flow]["mae"] == pytest.approx(np.abs(predicted - label).mean())
+        assert scores[flow]["corr"] == pytest.approx(np.corrcoef(predicted, label)[0, 1])
+        away = label != 0
+        assert scores[flow]["acc2_nonzero"] == pytest.approx(((predicted > 0) == (label > 0))[away].mean())
+        assert scores[flow]["acc2_has0"] == pytest.approx(((predicted >= 0) == (label >= 0)).mean())
+        seven = [np.clip(values, -3, 3).round() for values in (predicted, label)]
+        assert scores[flow]["acc7"] == pytest.approx((seven[0] == seven[1]).mean())
+    assert scores["floor"]["mae"] == pytest.approx(np.abs(np.median(train) - label).mean())
+    assert scores["gap"]["mae"] == pytest.approx(scores["missing"]["mae"] - scores["complete"]["mae"])
+
+
+def test_what_is_written_reads_back(tmp_path: Path) -> None:
+    found = random_predictions()
+    write_predictions(tmp_path, "test", found)
+    with (tmp_path / "predictions_test.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["key"] for row in rows] == found.keys
+    assert list(rows[0]) == ["key", "label", "complete", "missing", "has_audio", "has_text", "has_vision"]
+    for name in ("label", "complete", "missing"):
+        assert [float(row[name]) for row in rows] == pytest.approx(getattr(found, name).tolist(), rel=1e-5)
+    present = [[row[f"has_{name}"] == "1" for name in ("audio", "text", "vision")] for row in rows]
+    assert present == found.present.tolist()
+    written = load_file(tmp_path / "representations_test.safetensors")
+    assert written.keys() == {"complete", "missing", "label"}
+    assert all(np.array_equal(written[name], found.representations[name]) for name in written)
+
+
+def test_checkpoints_are_found_by_name_or_path(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    saved = run.checkpoints / "step_00000007"
+    saved.mkdir(parents=True)
+    (run.checkpoints / "best").symlink_to(saved.name)
+    assert find_checkpoint(run, "best") == find_checkpoint(run, str(saved)) == saved.resolve()
+    for name in ("last", "nothing"):
+        with pytest.raises(UserError, match=f"{name}: is not a checkpoint"):
+            find_checkpoint(run, name)
+
+
+def test_a_checkpoint_of_another_frozen_base_is_refused(shards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    made = recipe(shards, audio={"tuning": "frozen"})
+    model = build(made, tokenizer)
+    state = {"base": fingerprint(model)}
+    check_base(model, state, Path("checkpoint"))
+    with pytest.raises(UserError, match="checkpoint: was trained on other frozen weights"):
+        check_base(build(made.model_copy(update={"seed": 9}), tokenizer), state, Path("checkpoint"))

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, WavLMConfig, WavLMModel
+
+from dist_train.batch import Batch, Collator
+from dist_train.build import build_collator, build_model
+from dist_train.fusion import FlowOutput
+from dist_train.global_loss import global_loss
+from dist_train.losses import rank_n_contrast
+from dist_train.model import DoubleFlow
+from dist_train.recipe import Recipe
+from tests import tiny
+
+FEATURES = {"audio": 7, "text": 6, "vision": tiny.VISION_WIDTH}
+EVERYTHING = {"audio": True, "text": True, "vision": True}
+RAGGED = [EVERYTHING, {**EVERYTHING, "text": False}, {**EVERYTHING, "audio": False}, {**EVERYTHING, "vision": False}]
+NOTHING = dict.fromkeys(EVERYTHING, False)
+
+
+def recipe(**changes: Any) -> Recipe:
+    return tiny.recipe(Path("none"), widths=FEATURES, **changes)
+
+
+def build(made: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DoubleFlow, Collator]:
+    """A model whose weights are far from their small initial values, and its collator."""
+    model = build_model(made, tokenizer).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(2) if "fusion" in name else parameter.normal_(std=0.3)
+    return model, build_collator(made, tokenizer, model)
+
+
+def clips(made: Recipe, has: list[dict[str, bool]], seed: int | None = None) -> list[dict[str, Any]]:
+    """Samples that have the named modalities, as the recipe wants them."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for index, kinds in enumerate(has):
+        sample = {"key": f"k{index}", "index": index, "real": True, **tiny.clip(rng, **kinds)}
+        for kind, field in (("audio", "audio"), ("text", "text_features")):
+            if getattr(made, kind).input == "features" and kinds[kind]:
+                sample[field] = rng.normal(size=(rng.integers(1, 30), FEATURES[kind])).astype(np.float32)
+        found.append(sample)
+    return found
+
+
+def assert_alike(left: FlowOutput, right: FlowOutput) -> None:
+    for a, b in zip(left, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "kind"), [("prefix", "waveform"), ("generate", "waveform"), ("generate", "features")]
+)
+def test_a_prediction_does_not_depend_on_batch_neighbours(
+    rollout: str, kind: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    made = recipe(simulation={"rollout": rollout}, audio={"input": kind})
+    model, collate = build(made, tokenizer)
+    model.double()  # so that nothing but a real dependence is above the tolerance
+    chosen = clips(made, [*RAGGED, NOTHING, EVERYTHING])
+    with torch.no_grad():
+        together = model(collate(chosen))
+        for row, sample in enumerate(chosen):
+            alone = model(collate([sample]))
+            for flow in ("complete", "missing"):
+                whole = FlowOutput(*(part[row : row + 1] for part in getattr(together, flow)))
+                assert_alike(whole, getattr(alone, flow))
+    assert together.complete.prediction.std() > 0.01 and together.missing.prediction.std() > 0.01
+
+
+@pytest.mark.parametrize("rollout", ["prefix", "generate", "none"])
+def test_the_transcript_cannot_reach_the_missing_flow(rollout: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    made = recipe(simulation={"rollout": rollout})
+    model, collate = build(made, tokenizer)
+    model.train()
+    samples = clips(made, RAGGED)
+    outputs, gradients = [], []
+    for text in ("the plot was really awful", None, "good", "a lovely film " * 9):
+        flows = model(collate([{**sample, "text": text} for sample in samples]))
+        outputs.append(flows)
+        model.zero_grad()
+        missing = flows.missing
+        (missing.prediction.square().mean() + rank_n_contrast(missing.rnc, torch.arange(4.0), 2.0)).backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for flows, gradient in zip(outputs[1:], gradients[1:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(flows.missing, outputs[0].missing, strict=True))
+        assert gradient.keys() == gradients[0].keys()
+        assert all(torch.equal(value, gradients[0][name]) for name, value in gradient.items())
+        assert not torch.allclose(flows.complete.prediction, outputs[0].complete.prediction)
+
+
+def test_imagination_acts_in_the_missing_flow_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    made = recipe()
+    model, collate = build(made, tokenizer)
+    batch = collate(clips(made, RAGGED))
+    before = model(batch)
+    for module in (model.fusion.pooled_imagination, model.fusion.views_imagination):
+        assert module is not None
+        torch.nn.init.normal_(module.decoder.bias)
+    after = model(batch)
+    assert torch.equal(before.complete.prediction, after.complete.prediction)
+    assert not torch.allclose(before.missing.prediction, after.missing.prediction)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Folders of a tiny WavLM and Llama."""
+    folder, made = tmp_path_factory.mktemp("pretrained"), tiny.recipe(Path("none"))
+    WavLMModel(WavLMConfig(**(made.audio.config or {}))).save_pretrained(folder / "audio")
+    llama = LlamaConfig(**(made.text.config or {}), vocab_size=len(tokenizer))
+    LlamaForCausalLM(llama).save_pretrained(folder / "text")
+    return {"audio": str(folder / "audio"), "text": str(folder / "text")}
+
+
+TUNINGS = [("frozen", "frozen"), ("full", "full"), ("lora", "lora")]
+
+
+@pytest.mark.parametrize("rollout", ["prefix", "generate", "none"])
+@pytest.mark.parametrize("imagines", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_every_batch_gives_every_trainable_parameter_a_gradient(
+    rollout: str, imagines: bool, pretrained: dict[str, str], tokenizer: PreTrainedTokenizerBase, world_of_one: None
+) -> None:
+    """What ZeRO relies on: whatever clips lack, the same parameters get a gradient, by the same losses."""
+    batches = [RAGGED, [NOTHING] * 2, *([{**EVERYTHING, kind: False}] * 2 for kind in EVERYTHING)]
+    for text, audio, tuning in product(["transcript", "features"], ["waveform", "features"], TUNINGS):
+        if rollout == "none" and text == "features" and tuning[1] != "frozen":
+            continue  # refused: nothing uses the language model
+        made = recipe(
+            simulation={"rollout": rollout, "max_new_tokens": 2},
+            imagination={"enabled": imagines},
+            audio={"input": audio, "pretrained": pretrained["audio"], "config": None, "tuning": tuning[0]},
+            text={"input": text, "pretrained": pretrained["text"], "config": None, "tuning": tuning[1]},
+        )
+        model = build_model(made, tokenizer).train()
+        collate = build_collator(made, tokenizer, model)
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert any(name.startswith("fusion") for name in wanted)
+        assert any(name.startswith("llm") for name in wanted) == (tuning[1] != "frozen")
+        for has in batches if (audio, tuning[0]) == ("waveform", "full") else batches[:2]:
+            batch = collate(clips(made, has))
+            model.zero_grad()
+            global_loss(model(batch), batch, made.loss).loss.backward()
+            reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+            assert reached == wanted, (text, audio, tuning, wanted - reached)
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_wavlm_runs_once_per_step_for_both_flows(tokenizer: PreTrainedTokenizerBase, world_of_one: None) -> None:
+    made = recipe()
+    model, collate = build(made, tokenizer)
+    calls: list[int] = []
+    model.audio.wavlm.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    for has in (RAGGED, [NOTHING] * 2):
+        batch = collate(clips(made, has))
+        global_loss(model(batch), batch, made.loss).loss.backward()
+    assert len(calls) == 2
+
+
+def test_a_clip_without_audio_has_one_zero_position_of_imagined_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    for rollout in ("prefix", "generate", "none"):
+        made = recipe(simulation={"rollout": rollout})
+        model, collate = build(made, tokenizer)
+        batch: Batch = collate(clips(made, [EVERYTHING, {**EVERYTHING, "audio": False}]))
+        heard = model.audio(batch["audio"], batch["audio_mask"])
+        found = model.simulated_text(heard.last, heard.mask, batch["audio_present"])
+        assert found.mask[1].sum() == 1 and found.mask[1, 0]
+        assert found.states[1].abs().sum() == 0
+        assert (found.states[0].abs().sum() > 0) == (rollout != "none")
+
+
+def test_the_shortest_clip_still_has_a_position_of_imagined_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """However many frames the recipe stacks into one."""
+    for kind, stack in (("waveform", 9), ("features", 9), ("waveform", 5)):
+        made = recipe(simulation={"stack_frames": stack}, audio={"input": kind})
+        model, collate = build(made, tokenizer)
+        sample = clips(made, [EVERYTHING])[0]
+        sample["audio"] = sample["audio"][:1]
+        batch = collate([sample])
+        heard = model.audio(batch["audio"], batch["audio_mask"])
+        assert heard.mask.sum() == stack
+        assert model.simulated_text(heard.last, heard.mask, batch["audio_present"]).mask.sum() == 1
+        assert model(batch).missing.prediction.isfinite().all()
+        made = recipe(simulation={"rollout": "none"}, audio={"input": "features"})
+        assert build(made, tokenizer)[0].audio.minimum_samples == 1
+
+
+def test_tokens_are_the_positions_the_language_model_reads(tokenizer: PreTrainedTokenizerBase) -> None:
+    made = recipe(audio={"input": "features"})
+    model, collate = build(made, tokenizer)
+    samples = clips(made, [EVERYTHING] * 3)
+    words = sum(len(tokenizer(sample["text"]).input_ids) for sample in samples)
+    heard = sum(max(len(sample["audio"]), 5) // 5 for sample in samples)
+    assert int(model(collate(samples)).tokens) == words + heard
+
+
+def test_all_weights_have_the_precision_of_the_recipe(tokenizer: PreTrainedTokenizerBase) -> None:
+    made = recipe(precision="bf16", simulation={"rollout": "generate"})
+    model = build_model(made, tokenizer)
+    collate = build_collator(made, tokenizer, model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    flows = model(collate(clips(made, [*RAGGED, NOTHING])))
+    assert flows.missing.prediction.dtype == torch.bfloat16
+    assert all(part.isfinite().all() for flow in (flows.complete, flows.missing) for part in flow)
+
+
+def test_weights_depend_on_the_seed_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    first, second, other = (build_model(recipe(seed=seed), tokenizer).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert not torch.equal(first["fusion.head.weight"], other["fusion.head.weight"])

@@ -1,0 +1,1 @@
+"""What you do before and after a training run."""
