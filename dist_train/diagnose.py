@@ -15,13 +15,6 @@ from sharding.errors import UserError
 SHOWN = 8  # keys named in the message
 
 
-def finite(result: GlobalLoss) -> bool:
-    """Whether the loss and all its terms are finite (the same on every rank: all have the same rows)."""
-    return bool(
-        torch.stack([result.loss.detach(), *(term.detach() for term in result.terms.values())]).isfinite().all()
-    )
-
-
 def non_finite_loss(step: int, result: GlobalLoss, batch: Batch, keys: list[str]) -> UserError:
     """The error for a loss that is not finite (collective)."""
     terms = [name for name, term in result.terms.items() if not term.isfinite()] or ["their weighted sum"]

@@ -6,6 +6,7 @@ text, vision.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -184,23 +185,30 @@ class FusionNetwork(nn.Module):
         self,
         audio: Tensor,
         audio_mask: Tensor,
-        text: Tensor,
-        text_mask: Tensor,
+        real: Tensor,
+        real_mask: Tensor,
+        simulated: Tensor,
+        simulated_mask: Tensor,
         vision: Tensor,
         vision_mask: Tensor,
-        *,
-        missing: bool,
-    ) -> FlowOutput:
-        """Run one flow.
+    ) -> tuple[FlowOutput, FlowOutput]:
+        """The complete flow (real text) and the missing flow (simulated text) over the same clips.
 
         Args:
-            audio, text, vision: features [B, T, width]; padding must be finite. `text` is real text in the complete
-                flow, simulated text in the missing flow. An absent modality is one real step of zeros.
-            audio_mask, text_mask, vision_mask: bool [B, T], True at real steps, at least one per clip.
-            missing: whether this is the missing flow; only there MIA acts on the text.
+            audio, real, simulated, vision: features [B, T, width]; padding must be finite. An absent modality is one
+                real step of zeros.
+            audio_mask, real_mask, simulated_mask, vision_mask: bool [B, T], True at real steps, at least one per clip.
         """
-        masks = (audio_mask, text_mask, vision_mask)
-        sequences = [project(x) for project, x in zip(self.projections, (audio, text, vision), strict=True)]
+        project_audio, project_text, project_vision = self.projections
+        heard, seen = project_audio(audio), project_vision(vision)  # both flows read them
+        complete = self.flow((heard, project_text(real), seen), (audio_mask, real_mask, vision_mask), missing=False)
+        missing = self.flow(
+            (heard, project_text(simulated), seen), (audio_mask, simulated_mask, vision_mask), missing=True
+        )
+        return complete, missing
+
+    def flow(self, sequences: Sequence[Tensor], masks: Sequence[Tensor], *, missing: bool) -> FlowOutput:
+        """One flow over projected audio, text and vision [B, T, d]; MIA acts on the text of the missing flow only."""
         pooled = [umca(x, m) for umca, x, m in zip(self.pooled_attention, sequences, masks, strict=True)]
         if missing and self.pooled_imagination is not None:
             pooled[1] = self.pooled_imagination(*pooled)

@@ -25,6 +25,11 @@ class GlobalLoss(NamedTuple):
     clips: int
     tokens: int
 
+    def values(self) -> dict[str, float]:
+        """`loss` and the terms as numbers, in one read of the device."""
+        stacked = torch.stack([self.loss, *self.terms.values()]).detach()
+        return dict(zip(("loss", *self.terms), stacked.tolist(), strict=True))
+
 
 class Rows(NamedTuple):
     """Outputs of n clips of all ranks, fillers dropped."""

@@ -68,8 +68,8 @@ class DoubleFlow(nn.Module):
         simulated = self.simulated_text(heard.last.to(dtype), heard.mask, batch["audio_present"])
         tokens = real.mask.sum() + simulated.mask.sum()
 
-        complete = self.fusion(*audio, *present_or_zero(*real, batch["text_present"]), *vision, missing=False)
-        missing = self.fusion(*audio, *simulated, *vision, missing=True)
+        real = present_or_zero(*real, batch["text_present"])
+        complete, missing = self.fusion(*audio, *real, *simulated, *vision)
         return Flows(complete, missing, tokens)
 
     def real_text(self, batch: Batch) -> TextStates:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from dist_train.build import build_collator, build_model, open_split, to_device
-from dist_train.diagnose import finite, non_finite_gradient, non_finite_loss
+from dist_train.diagnose import non_finite_gradient, non_finite_loss
 from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, predict, score
 from dist_train.global_loss import GlobalLoss, Rows, global_loss
 from dist_train.llm import load_tokenizer
@@ -205,15 +205,16 @@ class Trainer:
             draw = np.random.SeedSequence([self.recipe.seed, self.progress.step, micro, self.rank])
             torch.manual_seed(int(draw.generate_state(1, np.uint64)[0]))
             result: GlobalLoss = global_loss(engine(batch), batch, self.recipe.loss)
-            if not finite(result):
+            values = result.values()
+            if not np.isfinite(list(values.values())).all():
                 raise non_finite_loss(self.progress.step + 1, result, batch, self.train_split.keys)
             seen.append((result.rows.detached(), batch))
             # DeepSpeed divides by the number of micro-steps; micro-steps may hold different numbers of clips.
             share = result.clips * accumulation / clips if accumulation > 1 else 1.0
             engine.backward(result.loss * share)
-            total += result.loss.item() * share / accumulation
-            for name, term in result.terms.items():
-                terms[name] = terms.get(name, 0.0) + term.item() * share / accumulation
+            total += values.pop("loss") * share / accumulation
+            for name, value in values.items():
+                terms[name] = terms.get(name, 0.0) + value * share / accumulation
             tokens += result.tokens
             norm = own_gradient_norm(engine) if micro == accumulation - 1 else None
             engine.step()

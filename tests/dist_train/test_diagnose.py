@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dist_train import diagnose
-from dist_train.diagnose import finite, non_finite_gradient, non_finite_loss
+from dist_train.diagnose import non_finite_gradient, non_finite_loss
 from dist_train.fusion import FlowOutput
-from dist_train.global_loss import global_loss
+from dist_train.global_loss import GlobalLoss, global_loss
 from dist_train.losses import LossSettings
 from dist_train.model import Flows
 
@@ -28,6 +29,10 @@ def flow(rows: int = ROWS) -> FlowOutput:
 def batch() -> Any:
     values = {"label": torch.randn(ROWS), "text_present": torch.tensor([True, True, False, True, True])}
     return {**values, "real": torch.tensor(REAL), "index": torch.tensor(INDEX)}
+
+
+def finite(result: GlobalLoss) -> bool:
+    return all(map(math.isfinite, result.values().values()))
 
 
 CASES = [

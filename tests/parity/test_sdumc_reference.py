@@ -73,12 +73,11 @@ def test_equals_the_official_code(skip: Skip) -> None:
     fusion = FusionNetwork(widths, FusionSettings(), ImaginationSettings(skip=skip)).eval()
     fusion.load_state_dict({our_name(k): v for k, v in weights.items() if not k.startswith(UNUSED)}, strict=True)
 
-    flows = {}
-    for name, source in {"complete": "text", "missing": "simulated"}.items():
-        text = reference[f"in.{source}"]
-        missing = name == "missing"
-        flows[name] = fusion(audio, full(audio), text, full(text), vision, full(vision), missing=missing)
-        for field, value in flows[name]._asdict().items():
+    real, simulated = reference["in.text"], reference["in.simulated"]
+    inputs = [x for sequence in (audio, real, simulated, vision) for x in (sequence, full(sequence))]
+    flows = dict(zip(("complete", "missing"), fusion(*inputs), strict=True))
+    for name, flow in flows.items():
+        for field, value in flow._asdict().items():
             expected = reference[f"{skip}.out.{name}.{field}"].reshape(value.shape)
             assert torch.allclose(value, expected, rtol=0, atol=1e-5), f"{name} {field}"
     teacher = torch.ones(len(labels), dtype=torch.bool)
@@ -162,7 +161,7 @@ def test_equals_the_method_written_out(skip: Skip, missing: bool) -> None:
     for sequences in zip(*chosen, strict=True):
         inputs.append(torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True))
         inputs.append(torch.arange(inputs[-1].shape[1]) < torch.tensor([len(x) for x in sequences])[:, None])
-    outputs = fusion(*inputs, missing=missing)
+    outputs = fusion(*inputs[:4], *inputs[2:])[missing]
     for row, clip in enumerate(chosen):
         expected = fusion_by_the_book(fusion.state_dict(), clip, skip, missing=missing)
         for field, value in expected._asdict().items():
