@@ -1,4 +1,4 @@
-"""Runs a function of tests.work in several real processes that form one world."""
+"""Runs a function in several real processes that form one world."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from sharding.launch import run_local
 from sharding.ops import prepare_ops
 
 
-def run_ranks(function: str, ranks: int, folder: Path, **arguments: Any) -> Any:
-    """Calls tests.work.<function>(folder, **arguments) in `ranks` processes; returns what rank 0 returned (as JSON)."""
+def run_ranks(function: str, ranks: int, folder: Path, *, module: str = "tests.work", **arguments: Any) -> Any:
+    """Calls <module>.<function>(folder, **arguments) in `ranks` processes; returns what rank 0 returned (as JSON)."""
     result = folder / f"{function}.json"
-    command = [sys.executable, "-m", "tests.ranks", function, str(folder), json.dumps(arguments)]
+    command = [sys.executable, "-m", "tests.ranks", module, function, str(folder), json.dumps(arguments)]
     code = run_local(command, ranks, folder / "logs")
     logs = "".join(path.read_text()[-2000:] for path in (folder / "logs").glob("*.log"))
     assert code == 0 and result.is_file(), f"{function} failed with {code}\n{logs}"
     return json.loads(result.read_text())
 
 
-def main(function: str, folder: Path, arguments: dict[str, Any]) -> None:
+def main(module: str, function: str, folder: Path, arguments: dict[str, Any]) -> None:
     """One rank."""
     faulthandler.dump_traceback_later(240, exit=True)
     prepare_ops(lambda text: None)
     joined = world.read_world(os.environ)
     assert joined is not None
     world.join(joined, with_deepspeed=True)
-    value = getattr(importlib.import_module("tests.work"), function)(folder, **arguments)
+    value = getattr(importlib.import_module(module), function)(folder, **arguments)
     if joined.rank == 0:
         (folder / f"{function}.json").write_text(json.dumps(value))
     world.leave()
@@ -40,4 +40,4 @@ def main(function: str, folder: Path, arguments: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]))
