@@ -16,6 +16,29 @@ from dist_train.llm import TextSettings
 from sharding.errors import UserError
 
 
+class BudgetSettings(BaseModel):
+    """Most that one rank holds in one micro-step, so that a long clip cannot exhaust its memory.
+
+    The clips of a step are laid over as many micro-steps as it takes, the same number on all ranks; which clips a step
+    trains on does not change, nor (with exact accumulation) its loss.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    audio_seconds: float | None = Field(
+        None, gt=0, description="Padded audio: clips × longest clip, in seconds. Default: no limit."
+    )
+    squared_seconds: float | None = Field(
+        None, gt=0, description="WavLM's attention: clips × (longest clip)², in s². Default: no limit."
+    )
+    tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Positions in the language model's packed pass over both flows; a transcript counts one token "
+        "per 3 characters, an answer as many as the transcript. Default: no limit.",
+    )
+
+
 class DataSettings(BaseModel):
     """Where the clips are and how they are batched."""
 
@@ -26,6 +49,7 @@ class DataSettings(BaseModel):
         96, ge=2, description="Clips per optimizer step over all ranks (at least 2: RNC compares clips)."
     )
     evaluation_batch: int = Field(96, ge=1, description="Clips per evaluation step over all ranks.")
+    budget: BudgetSettings = Field(default_factory=BudgetSettings, description="Most per rank and micro-step.")
     workers: int = Field(1, ge=0, description="Data loading processes per rank.")
     on_bad_sample: Literal["stop", "set_aside"] = Field(
         "stop", description="A damaged or oversized clip stops the run, or is set aside and counted."

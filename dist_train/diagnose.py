@@ -15,29 +15,29 @@ from sharding.errors import UserError
 SHOWN = 8  # keys named in the message
 
 
-def non_finite_loss(step: int, result: GlobalLoss, batch: Batch, keys: list[str]) -> UserError:
-    """The error for a loss that is not finite (collective)."""
+def non_finite_loss(step: int, result: GlobalLoss, batches: list[Batch], keys: list[str]) -> UserError:
+    """The error for a loss over these micro-batches that is not finite (collective)."""
     terms = [name for name, term in result.terms.items() if not term.isfinite()] or ["their weighted sum"]
     rows = bad_rows([*result.rows.complete, *result.rows.missing])
-    return explain(step, "loss", terms, guilty_keys(rows, batch, keys))
+    return explain(step, "loss", terms, guilty_keys(rows, batches, keys))
 
 
 def non_finite_gradient(
-    step: int, seen: list[tuple[Rows, Batch]], settings: LossSettings, keys: list[str]
+    step: int, seen: list[tuple[Rows, list[Batch]]], settings: LossSettings, keys: list[str]
 ) -> UserError:
-    """The error for a gradient that is not finite although the losses of all micro-steps are (collective).
+    """The error for a gradient that is not finite although every loss is (collective).
 
-    Differentiates each term of each micro-step alone.
+    Differentiates each term alone. `seen`: what each loss was taken of, and the micro-batches it came from.
     """
     terms: dict[str, None] = {}
     guilty: list[str] = []
     suspects: list[str] = []
-    for rows, batch in seen:
+    for rows, batches in seen:
         bad = torch.zeros(len(rows.label), dtype=torch.bool, device=rows.label.device)
         for name, hit in bad_gradients(rows, settings).items():
             terms[name] = None
             bad |= hit
-        named = guilty_keys(bad, batch, keys)
+        named = guilty_keys(bad, batches, keys)
         suspects += named
         guilty += named if bad.any() else []
     return explain(
@@ -71,9 +71,9 @@ def bad_rows(tensors: list[Tensor]) -> Tensor:
     ).any(0)
 
 
-def guilty_keys(rows: Tensor, batch: Batch, keys: list[str]) -> list[str]:
-    """Keys of the marked rows of a micro-step; of all its clips where none stands out (collective)."""
-    real = batch["index"][batch["real"].to(batch["index"].device)].tolist()
+def guilty_keys(rows: Tensor, batches: list[Batch], keys: list[str]) -> list[str]:
+    """Keys of the marked rows of these micro-batches; of all their clips where none stands out (collective)."""
+    real = [index for batch in batches for index in batch["index"][batch["real"]].tolist()]
     names = [keys[index] for part in gather_objects(real) for index in part]
     return [name for name, hit in zip(names, rows.tolist(), strict=True) if hit] or names
 

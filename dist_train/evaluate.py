@@ -16,11 +16,13 @@ from torch import nn
 
 from dist_train.batch import Collator
 from dist_train.build import build_collator, build_model, open_split, to_device
+from dist_train.costs import clip_costs
 from dist_train.fusion import REPRESENTATION_WIDTH
 from dist_train.llm import load_tokenizer
 from dist_train.metrics import floors, gap, valence_metrics
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
+from sharding.budget import Cost
 from sharding.checkpoint import fingerprint, load_weights, read_state
 from sharding.collectives import device, gather_objects, together
 from sharding.errors import UserError
@@ -48,22 +50,29 @@ class Predictions:
 
 @torch.no_grad()
 def predict(
-    model: Callable[..., Any], split: ShardedSplit, collate: Collator, *, batch: int, workers: int
+    model: Callable[..., Any],
+    split: ShardedSplit,
+    collate: Collator,
+    *,
+    batch: int,
+    workers: int,
+    costs: tuple[Cost, ...] = (),
 ) -> Predictions:
     """Runs both flows over a split, cut over the ranks; every rank runs the same number of passes (collective).
 
     Args:
         model: DoubleFlow or an engine around it, in evaluation mode.
-        batch: clips per pass over all ranks.
+        batch: clips per step over all ranks.
+        costs: what a rank may hold at once (`costs.clip_costs`); a step may then take several passes.
 
     Raises:
         UserError: no clip of the split could be read, or a prediction is not finite.
     """
-    plan = EpochPlan(len(split), batch, 1, dist.get_world_size(), seed=0, epoch=0, shuffle=False)
+    plan = EpochPlan(len(split), batch, 1, dist.get_world_size(), seed=0, epoch=0, shuffle=False, costs=costs)
     rows: list[tuple[Any, ...]] = []
     problems: list[str] = []
     batches = stream(split, plan, dist.get_rank(), collate, workers=workers)
-    for _ in range(plan.steps):
+    for _ in range(sum(plan.micro_steps(step) for step in range(plan.steps))):
         micro = together(lambda: next(batches))
         problems += micro.pop("set_aside")
         flows = model(to_device(micro, device()))
@@ -158,7 +167,14 @@ def evaluate_checkpoint(run: RunDirectory, recipe: Recipe, checkpoint: Path, spl
     """Evaluates a checkpoint on a split and writes the predictions; returns the scores (collective)."""
     model, collate = load_trained(run, recipe, checkpoint)
     split = open_split(recipe, split_name)
-    predictions = predict(model, split, collate, batch=recipe.data.evaluation_batch, workers=recipe.data.workers)
+    predictions = predict(
+        model,
+        split,
+        collate,
+        batch=recipe.data.evaluation_batch,
+        workers=recipe.data.workers,
+        costs=clip_costs(recipe, split),
+    )
     scores = score(predictions, open_split(recipe, "train").labels)
     if dist.get_rank() == 0:
         write_predictions(run.path, split_name, predictions)

@@ -1,11 +1,20 @@
-"""The six losses over the global batch: one differentiable exchange, then the same loss on every rank (DESIGN §4.3)."""
+"""The losses over the global batch, exact over ranks and micro-steps (DESIGN §4.3).
+
+A loss that compares clips (RMSE, RNC) is no sum over ranks or micro-steps. So each clip's outputs are packed into one
+row, the rows of all ranks and micro-steps are exchanged once, every rank computes the same loss of them and its
+gradient with respect to the rows, and each micro-step then differentiates its own rows along that gradient (gradient
+caching, arXiv 2101.06983).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dist_train.batch import Batch
 from dist_train.fusion import FlowOutput
@@ -13,22 +22,18 @@ from dist_train.losses import LossSettings, double_flow_loss
 from dist_train.model import Flows
 from sharding.collectives import gather_rows
 
+FLOW = len(FlowOutput._fields)
 
-class GlobalLoss(NamedTuple):
-    """loss [] and its unweighted terms; rows: the gathered outputs of real clips; clips: how many; tokens: language
-    model positions of all ranks.
-    """
 
-    loss: Tensor
-    terms: dict[str, Tensor]
-    rows: Rows
-    clips: int
-    tokens: int
+class Packed(NamedTuple):
+    """rows [B, W] fp32, with their graph: what a loss needs of each clip of a micro-batch; shapes: of its parts."""
 
-    def values(self) -> dict[str, float]:
-        """`loss` and the terms as numbers, in one read of the device."""
-        stacked = torch.stack([self.loss, *self.terms.values()]).detach()
-        return dict(zip(("loss", *self.terms), stacked.tolist(), strict=True))
+    rows: Tensor
+    shapes: tuple[torch.Size, ...]
+
+    def detached(self) -> Packed:
+        """The same values without their graph."""
+        return Packed(self.rows.detach(), self.shapes)
 
 
 class Rows(NamedTuple):
@@ -39,40 +44,84 @@ class Rows(NamedTuple):
     label: Tensor
     has_teacher: Tensor
 
-    def detached(self) -> Rows:
-        """The same values without their graph."""
-        complete, missing = (FlowOutput(*(part.detach() for part in flow)) for flow in (self.complete, self.missing))
-        return Rows(complete, missing, self.label, self.has_teacher)
 
-
-def global_loss(flows: Flows, batch: Batch, settings: LossSettings) -> GlobalLoss:
-    """Loss of the clips of all ranks in this micro-step.
-
-    The gradient that data-parallel averaging makes of it equals that of one process holding all clips. A clip
-    without transcript has no teacher: it enters
-    MSE and RNC, not the distillation terms.
+class GlobalLoss(NamedTuple):
+    """loss [] and its unweighted terms (no graph); rows: of the real clips of all ranks and micro-steps; clips: how
+    many; tokens: language model positions of all ranks; gradients: of the loss, for each micro-batch [B, W].
     """
-    rows, tokens = gather(flows, batch)
-    clips = len(rows.label)
-    if clips == 0:  # only fillers: keep every parameter in the graph
-        nothing = sum(part.float().sum() * 0 for flow in (flows.complete, flows.missing) for part in flow)
-        return GlobalLoss(torch.as_tensor(nothing), {}, rows, 0, tokens)
-    loss, terms = double_flow_loss(rows.complete, rows.missing, rows.label, rows.has_teacher, settings)
-    return GlobalLoss(loss, terms, rows, clips, tokens)
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    rows: Rows
+    clips: int
+    tokens: int
+    gradients: list[Tensor]
+
+    def values(self) -> dict[str, float]:
+        """`loss` and the terms as numbers, in one read of the device."""
+        stacked = torch.stack([self.loss, *self.terms.values()])
+        return dict(zip(("loss", *self.terms), stacked.tolist(), strict=True))
+
+    def surrogate(self, micro: int, packed: Packed) -> Tensor:
+        """A scalar whose gradients, summed over micro-steps and averaged over ranks, are those of the loss."""
+        return (packed.rows * self.gradients[micro]).sum() * dist.get_world_size()
 
 
-def gather(flows: Flows, batch: Batch) -> tuple[Rows, int]:
-    """Packs everything a loss needs of a clip into one fp32 row, exchanges the rows once, and unpacks them."""
+def pack(flows: Flows, batch: Batch) -> Packed:
+    """Everything a loss needs of a clip in one row: the outputs of both flows, label, whether it has a transcript,
+    whether it is real, and its share of the language model's positions.
+    """
     parts = [*flows.complete, *flows.missing]
     count = len(batch["label"])
     share = (flows.tokens / count).float().expand(count)
     extra = torch.stack([batch["label"], batch["text_present"].float(), batch["real"].float(), share], 1)
-    packed = torch.cat([part.float().reshape(count, -1) for part in parts] + [extra], 1)
-    whole = gather_rows(packed)
+    rows = torch.cat([part.float().reshape(count, -1) for part in parts] + [extra], 1)
+    return Packed(rows, tuple(part.shape[1:] for part in parts))
+
+
+def global_loss(packed: Sequence[Packed], settings: LossSettings, most: int | None = None) -> GlobalLoss:
+    """Loss of the clips that all ranks packed in these micro-steps (collective).
+
+    A clip without transcript has no teacher: it enters MSE and RNC, not the distillation terms. Without any real clip
+    the loss is 0.
+
+    Args:
+        packed: one per micro-step, the same number on all ranks.
+        most: most rows that any rank packed; without it all have as many as this one.
+    """
+    local = torch.cat([part.rows.detach() for part in packed])
+    most = len(local) if most is None else most
+    whole = gather_rows(pad(local, (0, 0, 0, most - len(local)))).requires_grad_()  # rows of zeros are not real
+    rows, tokens = unpack(whole, packed[0].shapes)
+    clips = len(rows.label)
+    if clips == 0:
+        loss, gradient = whole.new_zeros(()), torch.zeros_like(whole)
+        terms: dict[str, Tensor] = {}
+    else:
+        loss, terms = double_flow_loss(rows.complete, rows.missing, rows.label, rows.has_teacher, settings)
+        (gradient,) = torch.autograd.grad(loss, whole)
+    own = gradient[dist.get_rank() * most :][: len(local)]
+    return GlobalLoss(
+        loss.detach(),
+        {name: term.detach() for name, term in terms.items()},
+        Rows(detached(rows.complete), detached(rows.missing), rows.label, rows.has_teacher),
+        clips,
+        tokens,
+        list(own.split([len(part.rows) for part in packed])),
+    )
+
+
+def detached(flow: FlowOutput) -> FlowOutput:
+    """The same values without their graph."""
+    return FlowOutput(*(part.detach() for part in flow))
+
+
+def unpack(whole: Tensor, shapes: Sequence[torch.Size]) -> tuple[Rows, int]:
+    """Rows [N, W] of all ranks → those of real clips, and the language model positions."""
     tokens = round(whole[:, -1].sum().item())
     whole = whole[whole[:, -2] > 0]
-    sizes = [part[0].numel() for part in parts]
+    sizes = [shape.numel() for shape in shapes]
     *columns, label, has_text, _, _ = whole.split([*sizes, 1, 1, 1, 1], 1)
-    restored = [column.reshape(len(whole), *part.shape[1:]) for column, part in zip(columns, parts, strict=True)]
-    flow = len(FlowOutput._fields)
-    return Rows(FlowOutput(*restored[:flow]), FlowOutput(*restored[flow:]), label[:, 0], has_text[:, 0] > 0), tokens
+    restored = [column.reshape(len(whole), *shape) for column, shape in zip(columns, shapes, strict=True)]
+    complete, missing = FlowOutput(*restored[:FLOW]), FlowOutput(*restored[FLOW:])
+    return Rows(complete, missing, label[:, 0].detach(), has_text[:, 0] > 0), tokens

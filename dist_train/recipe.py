@@ -42,10 +42,12 @@ class TrainingSettings(BaseModel):
 
     epochs: int = Field(25, ge=1, description="Passes over the training split.")
     accumulation: int = Field(
-        1,
-        ge=1,
-        description="Micro-steps per optimizer step. MSE is exact over all of them; "
-        "RMSE and RNC compare the clips of one micro-step over all ranks.",
+        1, ge=1, description="Micro-steps per optimizer step; with `data.budget`, the least number."
+    )
+    accumulated_loss: Literal["exact", "approximate"] = Field(
+        "exact",
+        description="`exact`: the losses compare the clips of all micro-steps; every micro-step but one then runs "
+        "forward twice. `approximate`: RMSE and RNC compare the clips of one micro-step over all ranks.",
     )
     validate_every: Annotated[int, Field(ge=1)] | Literal["epoch"] = Field(
         "epoch", description="Validate after each epoch, or every N steps."

@@ -13,19 +13,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_train.build import build_collator, build_model, open_split, to_device
-from dist_train.diagnose import non_finite_gradient, non_finite_loss
+from dist_train.build import build_collator, build_model, open_split
+from dist_train.costs import clip_costs
 from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, predict, score
-from dist_train.global_loss import GlobalLoss, Rows, global_loss
 from dist_train.llm import load_tokenizer
 from dist_train.notes import shortcomings
 from dist_train.optimizer import build_optimizer
 from dist_train.progress import Display
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
+from dist_train.step import Step, StepResult
 from sharding import checkpoint
 from sharding.collectives import any_rank, device, gather_objects, together
-from sharding.engine_state import adam, own_gradient_norm
+from sharding.engine_state import adam
 from sharding.order import EpochPlan
 from sharding.signals import StopFlag
 from sharding.stream import stream
@@ -47,16 +47,6 @@ class Progress:
     set_aside: list[str] = field(default_factory=list)
 
 
-@dataclass
-class StepResult:
-    """One optimizer step, for metrics.jsonl."""
-
-    loss: float
-    terms: dict[str, float]
-    grad_norm: float | None
-    tokens: int
-
-
 class Trainer:
     """Everything one rank holds during training.
 
@@ -73,6 +63,7 @@ class Trainer:
         self.recipe, self.run = recipe, run
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.train_split, self.valid_split = open_split(recipe, "train"), open_split(recipe, "valid")
+        self.costs, self.valid_costs = clip_costs(recipe, self.train_split), clip_costs(recipe, self.valid_split)
         tokenizer = load_tokenizer(str(run.tokenizer))
         model = build_model(recipe, tokenizer)
         self.collate = build_collator(recipe, tokenizer, model)
@@ -87,8 +78,8 @@ class Trainer:
             model.to(device()),
             build_optimizer(recipe.optimizer, trainables),
             recipe.zero,
-            micro_batch=self.plan(0).rows(0),
-            accumulation=recipe.training.accumulation,
+            micro_batch=max(map(max, self.plan(0).rows(0))),
+            accumulation=max(recipe.training.accumulation, 2 if self.costs else 1),
             clip_norm=recipe.optimizer.clip_norm,
             bf16=recipe.precision == "bf16",
         )
@@ -101,7 +92,13 @@ class Trainer:
         """Order and cut of an epoch."""
         recipe = self.recipe
         return EpochPlan(
-            len(self.train_split), recipe.data.batch, recipe.training.accumulation, self.world, recipe.seed, epoch
+            len(self.train_split),
+            recipe.data.batch,
+            recipe.training.accumulation,
+            self.world,
+            recipe.seed,
+            epoch,
+            costs=self.costs,
         )
 
     @property
@@ -154,10 +151,11 @@ class Trainer:
                 before = time.perf_counter()
                 batch = together(lambda: next(batches))
                 waited += time.perf_counter() - before
+                progress.set_aside += batch.pop("set_aside")
                 return batch
 
             rate = self.learning_rate(progress.step, progress.epoch)
-            result = self.step(next_batch, len(plan.batch(epoch_step)), rate)
+            result = self.step(next_batch, plan, epoch_step, rate)
             seconds = time.perf_counter() - started
             progress.step += 1
             progress.epoch_step += 1
@@ -175,6 +173,7 @@ class Trainer:
                         "lr": rate,
                         "grad_norm": result.grad_norm,
                         "tokens": result.tokens,
+                        "micro_steps": result.micro_steps,
                         "step_seconds": seconds,
                         "data_seconds": waited,
                         "peak_bytes": peak_bytes(),
@@ -188,41 +187,18 @@ class Trainer:
         recipe = self.recipe
         return recipe.optimizer.learning_rate * recipe.schedule.factor(step, epoch, self.total_steps)
 
-    def step(self, next_batch: Callable[[], Any], clips: int, rate: float) -> StepResult:
-        """One optimizer step over `accumulation` micro-batches holding `clips` clips over all ranks."""
-        engine, accumulation = self.engine, self.recipe.training.accumulation
-        engine.train()
-        for group in adam(engine).param_groups:
+    def step(self, next_batch: Callable[[], Any], plan: EpochPlan, epoch_step: int, rate: float) -> StepResult:
+        """One optimizer step."""
+        for group in adam(self.engine).param_groups:
             group["lr"] = rate
-        terms: dict[str, float] = {}
-        seen: list[tuple[Rows, Any]] = []
-        total, tokens = 0.0, 0
-        for micro in range(accumulation):
-            batch = next_batch()
-            self.progress.set_aside += batch.pop("set_aside")
-            batch = to_device(batch, device())
-            # Dropout is a function of these numbers: a resumed run draws the same.
-            draw = np.random.SeedSequence([self.recipe.seed, self.progress.step, micro, self.rank])
-            torch.manual_seed(int(draw.generate_state(1, np.uint64)[0]))
-            result: GlobalLoss = global_loss(engine(batch), batch, self.recipe.loss)
-            values = result.values()
-            if not np.isfinite(list(values.values())).all():
-                raise non_finite_loss(self.progress.step + 1, result, batch, self.train_split.keys)
-            seen.append((result.rows.detached(), batch))
-            # DeepSpeed divides by the number of micro-steps; micro-steps may hold different numbers of clips.
-            share = result.clips * accumulation / clips if accumulation > 1 else 1.0
-            engine.backward(result.loss * share)
-            total += values.pop("loss") * share / accumulation
-            for name, value in values.items():
-                terms[name] = terms.get(name, 0.0) + value * share / accumulation
-            tokens += result.tokens
-            norm = own_gradient_norm(engine) if micro == accumulation - 1 else None
-            engine.step()
-        norm = engine.get_global_grad_norm() if norm is None else norm
-        norm = None if norm is None else float(norm)
-        if norm is not None and not np.isfinite(norm):
-            raise non_finite_gradient(self.progress.step + 1, seen, self.recipe.loss, self.train_split.keys)
-        return StepResult(total, terms, norm, tokens)
+        step = Step(
+            self.engine,
+            self.recipe.loss,
+            exact=self.recipe.training.accumulated_loss == "exact",
+            keys=self.train_split.keys,
+            seed=(self.recipe.seed, self.progress.step),
+        )
+        return step.run(next_batch, plan.rows(epoch_step), len(plan.batch(epoch_step)))
 
     def validation_due(self, epoch_ended: bool) -> bool:
         """Whether to validate after the step just made; always after the last one."""
@@ -235,7 +211,12 @@ class Trainer:
         progress, recipe = self.progress, self.recipe
         self.engine.eval()
         predictions = predict(
-            self.engine, self.valid_split, self.collate, batch=recipe.data.evaluation_batch, workers=recipe.data.workers
+            self.engine,
+            self.valid_split,
+            self.collate,
+            batch=recipe.data.evaluation_batch,
+            workers=recipe.data.workers,
+            costs=self.valid_costs,
         )
         scores = score(predictions, self.train_split.labels)
         flows = ["complete", "missing"] if recipe.training.select_on == "mean" else [recipe.training.select_on]

@@ -1,4 +1,4 @@
-"""Exchange between ranks: rows of a global batch with their gradient, flags, and gathered results."""
+"""Exchange between ranks: rows of a global batch, flags, and gathered results."""
 
 from __future__ import annotations
 
@@ -14,31 +14,11 @@ from sharding.errors import UserError, UserErrors
 T = TypeVar("T")
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        whole = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-        dist.all_gather(list(whole.chunk(dist.get_world_size())), rows.contiguous())
-        ctx.rows = len(rows)
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        # Every rank computes the same loss from the same rows, so each already has the gradient of its own
-        # rows. Data parallelism then averages over ranks,
-        # while the gradient of one global loss is the sum over them.
-        start = dist.get_rank() * ctx.rows
-        return gradient[start : start + ctx.rows] * dist.get_world_size()
-
-
 def gather_rows(rows: Tensor) -> Tensor:
-    """rows [b, …] of each rank → [world·b, …] in rank order, differentiable.
-
-    For a loss that every rank computes alike from the gathered rows: after the usual gradient averaging over
-    ranks the gradient equals that of one process
-    holding all rows. All ranks must pass the same shape.
-    """
-    return _GatherRows.apply(rows)
+    """rows [b, …] of each rank → [world·b, …] in rank order (collective). All ranks must pass the same shape."""
+    whole = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather(list(whole.chunk(dist.get_world_size())), rows.contiguous())
+    return whole
 
 
 def any_rank(flag: bool) -> bool:

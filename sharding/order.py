@@ -7,6 +7,10 @@ from functools import cached_property
 
 import numpy as np
 
+from sharding.budget import Cost, Layout, cheapest, compose
+
+_KEPT_LAYOUTS = 64  # steps; the loader asks for each several times
+
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which epoch `epoch` visits the samples 0 … n-1 (positions in the key-sorted split).
@@ -33,21 +37,23 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The steps of one epoch, cut over accumulation × world slots.
+    """The steps of one epoch, cut over micro-steps × ranks.
 
     Step s trains on samples [s·G, (s+1)·G) of the epoch's order; the last step may have fewer. This batch of R samples
-    is laid over the slots (micro-step major, then rank) as evenly as possible, and every slot is filled up to
-    ceil(R / slots) rows, so that all ranks run the same modules in the same micro-step. The batch itself does not
-    depend on world size or accumulation: a run continues at step `samples_consumed // global_batch`, at any world size.
+    is laid over the slots (micro-step, rank): without `costs` as evenly as possible over `accumulation` micro-steps;
+    with them over as few micro-steps as keep every slot within every limit (see `sharding.budget.compose`). All ranks
+    make the same number of micro-steps. The batch itself does not depend on world size, accumulation or costs: a run
+    continues at step `samples_consumed // global_batch`, at any world size.
 
     Args:
         samples: size of the split, >= 1.
         global_batch: G, samples per optimizer step, >= 1.
-        accumulation: micro-steps per optimizer step, >= 1.
+        accumulation: micro-steps per optimizer step, >= 1; with `costs`, the least number.
         world_size: ranks, >= 1.
         seed: order seed.
         epoch: epoch number, from 0.
         shuffle: False visits the samples in key order (evaluation).
+        costs: what a slot may hold at most.
 
     Raises:
         ValueError: a size is below 1.
@@ -60,6 +66,7 @@ class EpochPlan:
     seed: int
     epoch: int
     shuffle: bool = True
+    costs: tuple[Cost, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("samples", "global_batch", "accumulation", "world_size"):
@@ -82,28 +89,57 @@ class EpochPlan:
             raise IndexError(f"step {step} of an epoch of {self.steps} steps")
         return self.order[step * self.global_batch : (step + 1) * self.global_batch]
 
-    def rows(self, step: int) -> int:
-        """Rows in every micro-batch of a step, the same on all ranks: ceil(R / (world_size · accumulation))."""
-        return -(-len(self.batch(step)) // (self.world_size * self.accumulation))
+    @cached_property
+    def _layouts(self) -> dict[int, Layout]:
+        return {}
+
+    def layout(self, step: int) -> Layout:
+        """[micro-step][rank] → the sample indices of that slot; an empty slot has none."""
+        if step not in self._layouts:
+            batch = self.batch(step)
+            if len(self._layouts) > _KEPT_LAYOUTS:
+                self._layouts.clear()
+            self._layouts[step] = (
+                compose(batch, self.costs, self.world_size, self.accumulation)
+                if self.costs
+                else spread(batch, self.world_size, self.accumulation)
+            )
+        return self._layouts[step]
+
+    def micro_steps(self, step: int) -> int:
+        """Micro-steps of a step, the same on all ranks."""
+        return len(self.layout(step))
+
+    def rows(self, step: int) -> list[list[int]]:
+        """[micro-step][rank] → rows of that slot, fillers included; without `costs` all have as many."""
+        layout = self.layout(step)
+        most = 1 if self.costs else max(len(slot) for slots in layout for slot in slots)
+        return [[max(len(slot), most) for slot in slots] for slots in layout]
 
     def micro_batch(self, step: int, micro: int, rank: int) -> list[tuple[int, bool]]:
         """The rows of one rank in one micro-step.
 
-        Concatenating the real rows over micro (outer) and rank (inner) gives `batch(step)`.
+        Without `costs`, concatenating the real rows over micro (outer) and rank (inner) gives `batch(step)`, and every
+        slot is filled up to the same number of rows. With `costs` only an empty slot is filled, by one row.
 
         Returns:
-            [(sample index, real)], `rows(step)` long. real=False marks a filler: a repeat of a sample of this batch
-            that only keeps the ranks in step and must not enter the loss.
+            [(sample index, real)]. real=False marks a filler: a repeat of a sample of this batch that only keeps the
+            ranks in step and must not enter the loss.
 
         Raises:
             IndexError: step, micro or rank is out of range.
         """
-        if not (0 <= micro < self.accumulation and 0 <= rank < self.world_size):
-            raise IndexError(f"micro {micro} of {self.accumulation}, rank {rank} of {self.world_size}")
         batch = self.batch(step)
-        slots, slot = self.world_size * self.accumulation, micro * self.world_size + rank
-        each, longer = divmod(len(batch), slots)  # the first `longer` slots hold one sample more
-        start = slot * each + min(slot, longer)
-        mine = batch[start : start + each + (slot < longer)].tolist()
-        filler = mine[0] if mine else int(batch[slot % len(batch)])
-        return [(index, True) for index in mine] + [(filler, False)] * (self.rows(step) - len(mine))
+        if not (0 <= micro < self.micro_steps(step) and 0 <= rank < self.world_size):
+            raise IndexError(f"micro {micro} of {self.micro_steps(step)}, rank {rank} of {self.world_size}")
+        mine = self.layout(step)[micro][rank]
+        if self.costs:
+            return [(index, True) for index in mine] or [(cheapest(batch, self.costs), False)]
+        filler = mine[0] if mine else int(batch[(micro * self.world_size + rank) % len(batch)])
+        return [(index, True) for index in mine] + [(filler, False)] * (self.rows(step)[micro][rank] - len(mine))
+
+
+def spread(batch: np.ndarray, world_size: int, accumulation: int) -> Layout:
+    """Lays a batch over slots (micro-step major, then rank) as evenly as possible; the first hold one sample more."""
+    parts = iter(np.array_split(batch, world_size * accumulation))
+    return [[next(parts).tolist() for _ in range(world_size)] for _ in range(accumulation)]

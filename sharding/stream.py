@@ -172,7 +172,7 @@ def stream(
         split: the samples; len(split) must be plan.samples.
         plan: order and cut of the epoch.
         rank: whose rows.
-        collate: gets a list of `plan.rows(step)` samples, each with "real": bool. real=False marks a filler or a
+        collate: gets the samples of a micro-batch, each with "real": bool. real=False marks a filler or a
             sample set aside (which also has "set_aside": reason, once per epoch); it must not enter the loss.
             Picklable where workers are spawned.
         start_step: samples_consumed // plan.global_batch.
@@ -188,7 +188,7 @@ def stream(
     rows = (
         plan.micro_batch(step, micro, rank)
         for step in range(start_step, plan.steps)
-        for micro in range(plan.accumulation)
+        for micro in range(plan.micro_steps(step))
     )
     loader = DataLoader(
         _Rows(split),

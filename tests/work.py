@@ -14,11 +14,12 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from dist_train.build import build_collator, build_model, fit_to_dataset, open_split, prepare_tokenizer, to_device
-from dist_train.global_loss import global_loss
+from dist_train.global_loss import global_loss, pack
 from dist_train.progress import Display
 from dist_train.recipe import Recipe, write_recipe
 from dist_train.run_directory import RunDirectory
-from dist_train.train import StepResult, Trainer
+from dist_train.step import StepResult
+from dist_train.train import Trainer
 from sharding.collectives import device
 from sharding.order import EpochPlan
 from sharding.signals import StopFlag
@@ -50,10 +51,10 @@ class StopAfter(Trainer):
 
     last: int | None = None
 
-    def step(self, next_batch: Callable[[], Any], clips: int, rate: float) -> StepResult:
+    def step(self, next_batch: Callable[[], Any], plan: EpochPlan, epoch_step: int, rate: float) -> StepResult:
         if self.progress.step + 1 == self.last and self.rank == self.world - 1:
             signal.raise_signal(signal.SIGUSR2)
-        return super().step(next_batch, clips, rate)
+        return super().step(next_batch, plan, epoch_step, rate)
 
 
 def fit(recipe: Recipe, run: RunDirectory, *, resume: bool = False, last: int | None = None) -> list[dict[str, Any]]:
@@ -108,8 +109,9 @@ def gradients(folder: Path, data: str, batch: int, rollout: str) -> dict[str, An
         model.zero_grad()
         collated.pop("set_aside")
         here = to_device(collated, device())
-        result = global_loss(model(here), here, recipe.loss)
-        result.loss.backward()
+        packed = pack(model(here), here)
+        result = global_loss([packed], recipe.loss)
+        result.surrogate(0, packed).backward()
         terms = {name: term.item() for name, term in result.terms.items()}
         losses.append({"clips": result.clips, "loss": result.loss.item(), **terms})
         for name, parameter in model.named_parameters():

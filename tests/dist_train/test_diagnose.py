@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_train import diagnose
 from dist_train.diagnose import non_finite_gradient, non_finite_loss
 from dist_train.fusion import FlowOutput
-from dist_train.global_loss import GlobalLoss, global_loss
+from dist_train.global_loss import GlobalLoss, global_loss, pack
 from dist_train.losses import LossSettings
 from dist_train.model import Flows
 
@@ -52,9 +52,9 @@ def test_a_loss_that_is_not_finite_names_term_and_clip(which: str, part: str, te
         flows = Flows(flow(), flow(), torch.tensor(11))
         getattr(getattr(flows, which), part)[row].view(-1)[-1] = value
         made = batch()
-        result = global_loss(flows, made, SETTINGS)
+        result = global_loss([pack(flows, made)], SETTINGS)
         assert not finite(result)
-        message = str(non_finite_loss(3, result, made, KEYS))
+        message = str(non_finite_loss(3, result, [made], KEYS))
         assert message.startswith(f"step 3: the loss is not finite; terms: {', '.join(terms)}; ")
         assert f"samples: clip{INDEX[row]}. " in message
 
@@ -62,7 +62,7 @@ def test_a_loss_that_is_not_finite_names_term_and_clip(which: str, part: str, te
 def test_a_filler_cannot_spoil_the_loss() -> None:
     flows = Flows(flow(), flow(), torch.tensor(11))
     flows.complete.prediction[1] = float("nan")
-    assert finite(global_loss(flows, batch(), SETTINGS))
+    assert finite(global_loss([pack(flows, batch())], SETTINGS))
 
 
 def test_where_no_clip_stands_out_all_are_named_up_to_eight() -> None:
@@ -77,9 +77,9 @@ def test_where_no_clip_stands_out_all_are_named_up_to_eight() -> None:
         "real": torch.ones(rows, dtype=torch.bool),
     }
     made["index"] = torch.arange(rows)
-    result = global_loss(flows, made, SETTINGS)
+    result = global_loss([pack(flows, made)], SETTINGS)
     assert not finite(result)
-    message = str(non_finite_loss(1, result, made, keys))
+    message = str(non_finite_loss(1, result, [made], keys))
     assert "terms: mse_complete; samples: k0, k1, k2, k3, k4, k5, k6, k7 and 3 more." in message
 
 
@@ -87,9 +87,9 @@ def test_a_weight_alone_can_spoil_the_sum() -> None:
     made, heavy = batch(), LossSettings(mse_complete=1e38)
     flows = Flows(flow(), flow(), torch.tensor(11))
     flows.complete.prediction.fill_(1e3)
-    result = global_loss(flows, made, heavy)
+    result = global_loss([pack(flows, made)], heavy)
     assert not finite(result)
-    assert "terms: their weighted sum" in str(non_finite_loss(1, result, made, KEYS))
+    assert "terms: their weighted sum" in str(non_finite_loss(1, result, [made], KEYS))
 
 
 def test_a_gradient_that_alone_is_not_finite_names_term_and_clips(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,16 +105,16 @@ def test_a_gradient_that_alone_is_not_finite_names_term_and_clips(monkeypatch: p
     for row in (2, 4):
         flows.missing.text_query[row] = flows.complete.text_query[row]
     made = batch()
-    result = global_loss(flows, made, SETTINGS)
+    result = global_loss([pack(flows, made)], SETTINGS)
     assert finite(result)
-    message = str(non_finite_gradient(5, [(result.rows, made)], SETTINGS, KEYS))
+    message = str(non_finite_gradient(5, [(result.rows, [made])], SETTINGS, KEYS))
     assert message.startswith("step 5: the gradient is not finite; terms: mkd1; samples: clip0, clip4. ")
 
 
 def test_a_gradient_that_breaks_inside_the_network_says_so() -> None:
     made = batch()
-    result = global_loss(Flows(flow(), flow(), torch.tensor(11)), made, SETTINGS)
-    message = str(non_finite_gradient(5, [(result.rows, made)], SETTINGS, KEYS))
+    result = global_loss([pack(Flows(flow(), flow(), torch.tensor(11)), made)], SETTINGS)
+    message = str(non_finite_gradient(5, [(result.rows, [made])], SETTINGS, KEYS))
     assert "inside the network" in message
     assert all(f"clip{index}" in message for index, real in zip(INDEX, REAL, strict=True) if real)
     assert "clip3" not in message

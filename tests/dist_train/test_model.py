@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from dist_train.batch import Batch, Collator
 from dist_train.build import build_collator, build_model
 from dist_train.fusion import FlowOutput
-from dist_train.global_loss import global_loss
+from dist_train.global_loss import global_loss, pack
 from dist_train.losses import rank_n_contrast
 from dist_train.model import DoubleFlow
 from dist_train.recipe import Recipe
@@ -147,7 +147,8 @@ def test_every_batch_gives_every_trainable_parameter_a_gradient(
         for has in batches if (audio, tuning[0]) == ("waveform", "full") else batches[:2]:
             batch = collate(clips(made, has))
             model.zero_grad()
-            global_loss(model(batch), batch, made.loss).loss.backward()
+            packed = pack(model(batch), batch)
+            global_loss([packed], made.loss).surrogate(0, packed).backward()
             reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
             assert reached == wanted, (text, audio, tuning, wanted - reached)
             assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -160,7 +161,8 @@ def test_wavlm_runs_once_per_step_for_both_flows(tokenizer: PreTrainedTokenizerB
     model.audio.wavlm.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
     for has in (RAGGED, [NOTHING] * 2):
         batch = collate(clips(made, has))
-        global_loss(model(batch), batch, made.loss).loss.backward()
+        packed = pack(model(batch), batch)
+        global_loss([packed], made.loss).surrogate(0, packed).backward()
     assert len(calls) == 2
 
 

@@ -64,7 +64,7 @@ def test_each_sample_once_and_equal_rows_everywhere(plan):
         real = [index for slot in slots for index, is_real in slot if is_real]
         size = min(plan.global_batch, plan.samples - step * plan.global_batch)
         rows = -(-size // (plan.world_size * plan.accumulation))
-        assert {len(slot) for slot in slots} == {rows} == {plan.rows(step)}
+        assert {len(slot) for slot in slots} == {rows} == {n for micro in plan.rows(step) for n in micro}
         assert real == plan.batch(step).tolist()
         assert {index for slot in slots for index, _ in slot} == set(real)  # fillers repeat the batch's own samples
         seen += real

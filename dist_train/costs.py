@@ -1,0 +1,67 @@
+"""What each clip takes of a micro-batch's budget (BudgetSettings), from the lengths in the index."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from dist_train.recipe import Recipe
+from sharding.budget import Cost, oversized
+from sharding.errors import UserError
+from sharding.stream import ShardedSplit
+
+CHARACTERS_PER_TOKEN = 3  # fewer than English has (about 4.5): an estimate on the safe side
+FRAMES_PER_SECOND = 50  # WavLM
+
+
+def clip_costs(recipe: Recipe, split: ShardedSplit) -> tuple[Cost, ...]:
+    """The limits of `data.budget` with what each clip of the split takes; empty without a budget.
+
+    Raises:
+        UserError: a clip exceeds a limit by itself.
+    """
+    budget = recipe.data.budget
+    seconds = audio_seconds(recipe, split)
+    values = {
+        "audio_seconds": (seconds, True),
+        "squared_seconds": (seconds**2, True),
+        "tokens": (tokens(recipe, split, seconds), False),
+    }
+    costs = tuple(
+        Cost(name, values[name][0], limit, padded=values[name][1])
+        for name, limit in budget.model_dump().items()
+        if limit is not None
+    )
+    for cost, index in oversized(costs):
+        need = cost.values[index]
+        raise UserError(
+            f"sample {split.keys[index]}",
+            f"takes {need:.0f} of data.budget.{cost.name}, the limit is {cost.limit:g}",
+            f"Raise data.budget.{cost.name} to {np.ceil(need):.0f}, or lower audio.max_seconds or text.max_tokens with "
+            "data.on_bad_sample: set_aside.",
+        )
+    return costs
+
+
+def audio_seconds(recipe: Recipe, split: ShardedSplit) -> np.ndarray:
+    """[n] seconds WavLM hears; what is absent or will be set aside counts as a frame."""
+    heard = np.array([seconds or 0.0 for seconds in split.columns.audio_seconds])
+    if recipe.audio.input == "features":
+        heard = np.array([(frames or 0) / FRAMES_PER_SECOND for frames in split.columns.audio_frames])
+    elif recipe.data.on_bad_sample == "set_aside":
+        heard[heard > recipe.audio.max_seconds] = 0.0
+    return np.maximum(heard, 1 / FRAMES_PER_SECOND)
+
+
+def tokens(recipe: Recipe, split: ShardedSplit, seconds: np.ndarray) -> np.ndarray:
+    """[n] positions in the language model over both flows (estimated from characters)."""
+    simulation = recipe.simulation
+    said = np.array([(count or 0) / CHARACTERS_PER_TOKEN for count in split.columns.text_characters])
+    said = np.minimum(said, recipe.text.max_tokens)
+    real = 1 + said if recipe.text.input == "transcript" else np.zeros_like(said)
+    if simulation.rollout == "none":
+        return real
+    asked = seconds * FRAMES_PER_SECOND / simulation.stack_frames
+    if simulation.rollout != "prefix":
+        answer = np.where(said > 0, said, seconds * FRAMES_PER_SECOND / simulation.stack_frames)
+        asked += len(simulation.prompt) / CHARACTERS_PER_TOKEN + np.minimum(answer, simulation.max_new_tokens)
+    return real + asked
