@@ -20,8 +20,12 @@ app.add_typer(shards, name="shards")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory (the --output of train).")]
 RanksOption = Annotated[int | None, typer.Option(min=1, help="Local ranks to start. Default: one per GPU, or one.")]
-REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # what a disk says that is full or not ours
-REMEDY = "Free space or choose a place you may write to; what was saved before is whole."
+# What a place says that is full, not ours, out of order, or cannot exist.
+REFUSED = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EIO, errno.ESTALE, errno.ENAMETOOLONG),
+)
+REMEDY = "Free space or name another place; what was saved before is whole."
 BAD_SAMPLE_HELP = "stop, or set_aside: leave bad samples out and count them."
 
 
@@ -35,6 +39,7 @@ def train(
 ) -> None:
     """Train. Inside torchrun or srun this process joins that world; alone it starts local ranks."""
     from dist_train.run_directory import RunDirectory
+    from dist_train.world_size import foresee
     from sharding.launch import launched, run_local
     from sharding.world import read_world
 
@@ -47,12 +52,14 @@ def train(
         from dist_train.rank import end, run_training
 
         end(run_training(world, recipe, overrides or [], run, fresh=not launched(), resume=resume))
+    ranks = ranks or default_ranks()
+    foresee(recipe, overrides or [], ranks)
     if resume:
         run.open()
     else:
         run.create()
     try:
-        raise SystemExit(run_local(again(), ranks or default_ranks(), run.logs))
+        raise SystemExit(run_local(again(), ranks, run.logs))
     finally:
         run.discard_unstarted()
 
@@ -191,10 +198,12 @@ def default_ranks() -> int:
 
 def main(**extra: Any) -> None:
     """Runs a command; a user's mistake becomes one line per error on stderr and exit code 2."""
-    from sharding.launch import report_errors
+    from sharding.launch import INTERRUPTED, report_errors
 
     try:
         app(**extra)
+    except KeyboardInterrupt:  # before typer, which answers the same, has built its commands
+        sys.exit(INTERRUPTED)
     except (UserError, UserErrors, OSError) as error:
         if isinstance(error, OSError):
             if error.errno not in REFUSED:

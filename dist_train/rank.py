@@ -20,15 +20,16 @@ from dist_train.recipe import Recipe, load_recipe, write_recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.tables import scores_table
 from dist_train.train import train
+from dist_train.world_size import check_world_size
 from sharding import world as worlds
 from sharding.collectives import together
 from sharding.errors import UserError, UserErrors
+from sharding.launch import INTERRUPTED
 
 # Of torch's own calls inside transformers' WavLM and DeepSpeed; nothing a user could change.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
 warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated")
 
-INTERRUPTED = 130  # exit code of a run that was asked to stop, as shells have it
 FREE_TO_CHANGE = {"training.epochs", "training.patience", "data.workers", "data.evaluation_batch"}  # on resuming
 
 
@@ -103,24 +104,20 @@ def prepare(recipe_path: Path, overrides: Sequence[str], run: RunDirectory, *, f
 
 
 def check_size(recipe: Recipe) -> None:
-    """Refuses data that cannot feed every rank.
+    """Refuses data that cannot feed every rank, or without a validation split.
 
     Raises:
-        UserError: fewer clips, or a smaller batch, than there are places to fill.
+        UserError: see `check_world_size` and `open_split`.
     """
-    ranks, accumulation = dist.get_world_size(), recipe.training.accumulation
     clips = len(open_split(recipe, "train"))
     open_split(recipe, "valid")
-    if clips < ranks:
-        raise UserError(
-            recipe.data.path, f"has {clips} training clips for {ranks} ranks", f"Use at most {clips} ranks."
-        )
-    if recipe.data.batch < ranks * accumulation:
-        raise UserError(
-            "data.batch",
-            f"{recipe.data.batch} clips cannot feed {ranks} ranks × {accumulation} micro-steps",
-            f"Write at least {ranks * accumulation}.",
-        )
+    check_world_size(
+        recipe.data.path,
+        clips,
+        dist.get_world_size(),
+        batch=recipe.data.batch,
+        accumulation=recipe.training.accumulation,
+    )
 
 
 def check_same(before: Recipe, now: Recipe) -> None:

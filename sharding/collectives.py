@@ -38,7 +38,8 @@ def gather_objects(value: Any) -> list[Any]:
 def together(action: Callable[[], T]) -> T:
     """Runs `action` on every rank; a user error on any of them ends all, and rank 0 tells it (collective).
 
-    Otherwise the ranks without the error would wait in the next exchange for one that has left.
+    Otherwise the ranks without the error would wait in the next exchange for one that has left. What the disk refuses
+    is such an error, too.
 
     Raises:
         UserErrors: on every rank; empty on all but rank 0.
@@ -50,6 +51,9 @@ def together(action: Callable[[], T]) -> T:
         errors = [error]
     except UserErrors as error:
         errors = error.errors
+    except OSError as error:
+        place = str(error.filename or "disk")
+        errors = [UserError(place, f"cannot be used ({error.strerror or error})", "Free or allow the place.")]
     if any_rank(bool(errors)):
         every = {str(error): error for part in gather_objects(errors) for error in part}
         raise UserErrors(list(every.values()) if dist.get_rank() == 0 else [])

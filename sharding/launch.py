@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from types import FrameType
 from sharding.errors import UserError, UserErrors
 
 GRACE = 10.0  # seconds a rank gets to end by itself after another one has failed
+INTERRUPTED = 130  # exit code of what was asked to stop, as shells have it
 FAILED_RANK_FILE = "DIST_TRAIN_FAILED_RANK_FILE"  # environment variable: where a rank leaves its user errors
 
 
@@ -109,8 +111,9 @@ def report_errors(errors: Sequence[UserError]) -> None:
         try:
             Path(place).write_text(json.dumps(rows))
             return
-        except OSError:  # the full disk that is the error may be this one
-            Path(place).unlink(missing_ok=True)
+        except OSError:  # the full or read-only disk that is the error may be this one
+            with contextlib.suppress(OSError):
+                Path(place).unlink()
     for error in errors:
         print(f"error: {error}", file=sys.stderr, flush=True)
 

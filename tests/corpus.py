@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sharding.shard_writer import pack_sample, write_dataset
 from sharding.shards import Dims
 
 LABELS = (-3.0, 3.0)
+NO_MOUNT = "runs as root, whom no mode binds, and cannot mount read-only"
 
 
 def random_sample(rng: np.random.Generator, key: str, *, vision_width: int = 5) -> dict[str, Any]:
@@ -58,22 +60,44 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def forbidden_directory(folder: Path) -> Iterator[Path]:
-    """A directory in which nothing can be made: by its mode, or for root a read-only mount (else skips the test)."""
+    """A directory in which nothing can be made."""
     folder.mkdir()
+    with read_only(folder):
+        yield folder
+
+
+@contextlib.contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """Lets nothing be made in a directory: by its mode, or for root by a read-only mount (else skips the test).
+
+    As root the files below it cannot be changed either.
+    """
     folder.chmod(0o555)
-    probe = folder / "probe"
-    with contextlib.suppress(OSError):
-        probe.mkdir()
-    if not probe.exists():
-        yield folder
-        return
-    probe.rmdir()
-    if not _mount("-t", "tmpfs", "-o", "ro", "none", str(folder)):
-        pytest.skip("runs as root, whom no mode binds, and cannot mount read-only")
     try:
-        yield folder
+        if not _can_make(folder / "probe"):
+            yield
+            return
+        if not _mount("--bind", str(folder), str(folder)):
+            pytest.skip(NO_MOUNT)
+        try:
+            deadline = time.monotonic() + 10
+            while not _mount("-o", "remount,bind,ro", str(folder)):  # busy while another process writes there
+                if time.monotonic() > deadline:
+                    pytest.skip(NO_MOUNT)
+            yield
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        folder.chmod(0o755)
+
+
+def _can_make(folder: Path) -> bool:
+    try:
+        folder.mkdir()
+    except OSError:
+        return False
+    folder.rmdir()
+    return True
 
 
 def _mount(*arguments: str) -> bool:

@@ -17,7 +17,7 @@ from dist_train.model import DoubleFlow, Flows
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from sharding.checkpoint import fingerprint
-from sharding.errors import UserError
+from sharding.errors import UserError, UserErrors
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -98,7 +98,7 @@ def test_clips_set_aside_are_told_and_left_out(shards: Path, tokenizer: PreTrain
     found = run(made, tokenizer)
     assert set(found.keys) == set(split.keys) - long
     assert {text.split(":")[0] for text in found.set_aside} == long and len(found.set_aside) == len(long)
-    with pytest.raises(UserError, match="max_seconds"):
+    with pytest.raises(UserErrors, match=r"sample test00\d: lasts .* audio\.max_seconds"):
         run(recipe(shards, audio={"max_seconds": 0.35}), tokenizer)
 
 

@@ -22,7 +22,7 @@ from tests import tiny
 METRICS = {"mae", "corr", "acc2_nonzero", "acc2_has0", "f1_nonzero", "f1_has0", "acc7"}
 STEP_KEYS = {
     "kind", "step", "epoch", "samples", "loss", "lr", "grad_norm", "tokens",
-    "step_seconds", "data_seconds", "peak_bytes",
+    "step_seconds", "data_seconds", "peak_bytes", "clips", "micro_steps", "padding_share", "phases",
     "loss/mse_complete", "loss/mse_missing", "loss/mkd1", "loss/mkd2", "loss/rs", "loss/rnc",
 }  # fmt: skip
 
@@ -68,6 +68,13 @@ def test_a_run_leaves_what_the_contract_says(finished: Path) -> None:
     assert summary["best_step"] == best["step"] and summary["selected_on"] == "valid" and summary["world_size"] == 2
     # The best checkpoint, loaded anew into a plain model, says what the engine said during training.
     assert summary["valid"]["complete"]["mae"] == pytest.approx(best["complete"]["mae"], abs=1e-5)
+    assert {"clips_per_second", "tokens_per_second", "data_share", "rollout_share"} <= summary["speed"].keys()
+    parameters = json.loads((finished / "parameters.json").read_text())
+    assert (
+        parameters["parameters"]
+        >= parameters["trainable"]
+        == sum(row["count"] for row in parameters["rows"] if row["trainable"])
+    )
     environment = json.loads((finished / "environment.json").read_text())
     assert environment["packages"]["torch"] and "train" in environment["command"]
     assert "<img" in (finished / "report.html").read_text() and list((finished / "figures").glob("*.png"))

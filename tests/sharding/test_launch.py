@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from sharding import launch
-from sharding.errors import UserErrors
+from sharding.errors import UserError, UserErrors
+from tests.corpus import forbidden_directory
 
 HEAD = "import os, sys, time, signal\nrank = int(os.environ['RANK'])\n"
 
@@ -52,6 +53,15 @@ def test_user_errors_of_ranks_come_up_once(tmp_path: Path) -> None:
         "rank 1: sees it. Look.",
     ]
     assert launch.run_local(python("pass"), 1, tmp_path) == 0, "errors of an earlier start are gone"
+
+
+def test_an_error_that_cannot_be_left_for_the_launcher_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with forbidden_directory(tmp_path / "logs") as logs:
+        monkeypatch.setenv(launch.FAILED_RANK_FILE, str(logs / "rank_0.error.json"))
+        launch.report_errors([UserError("disk", "is read-only", "Mend it.")])
+    assert capsys.readouterr().err == "error: disk: is read-only. Mend it.\n"
 
 
 def test_other_ranks_write_to_their_logs(tmp_path: Path) -> None:
