@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import WavLMConfig, WavLMModel
 
-from dist_train.adapters import LoraSettings, Tuning, apply_tuning
+from dist_train.adapters import TuningSettings, apply_tuning
 from dist_train.filterbank import start_as_filterbank
 from dist_train.pretrained import load_model
+from dist_train.quantise import check_quantised, quantise
+from dist_train.wavlm import outside_zero_init, use_own_attention
 from sharding.errors import UserError
 
 SAMPLE_RATE = 16_000  # Hz, WavLM's
 
 
-class AudioSettings(BaseModel):
+class AudioSettings(TuningSettings):
     """Where audio states come from."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     input: Literal["waveform", "features"] = Field(
         "waveform", description="`waveform`: WavLM hears KEY.wav. `features`: KEY.audio.npy enters as it is, no WavLM."
@@ -39,13 +39,13 @@ class AudioSettings(BaseModel):
     layer: int = Field(
         -5, description="Index into WavLM's hidden_states for the audio stream (-5 is 20 of 24 in WavLM-Large)."
     )
-    tuning: Tuning = Field("frozen", description="`frozen`, `full` or `lora`.")
-    lora: LoraSettings = Field(
-        default_factory=lambda: LoraSettings(target_modules=["intermediate_dense", "output_dense"]),
-        description="LoRA on WavLM when tuning is `lora`.",
-    )
     train_feature_encoder: bool = Field(
         False, description="With tuning `full`: train the convolutional front end too. Usual practice: false."
+    )
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep only each WavLM layer's input for the backward pass and compute the rest again: less memory, "
+        "a third more time.",
     )
     max_seconds: float = Field(60.0, gt=0, description="Longest clip accepted, in seconds.")
 
@@ -58,7 +58,7 @@ class AudioStates(NamedTuple):
     mask: Tensor
 
 
-def build_wavlm(settings: AudioSettings) -> Any:
+def build_wavlm(settings: AudioSettings, dtype: torch.dtype = torch.float32) -> Any:
     """WavLM from a folder, the hub or a configuration, made safe for distributed training.
 
     Layer drop is off because it would run other modules on other ranks (ZeRO then hangs or mixes gradients),
@@ -73,7 +73,8 @@ def build_wavlm(settings: AudioSettings) -> Any:
         if settings.start == "filterbank":
             start_as_filterbank(model)
     else:
-        model = load_model(WavLMModel, "audio.pretrained", settings.pretrained, **safe)
+        model = load_model(WavLMModel, "audio.pretrained", settings.pretrained, dtype=dtype, **safe)
+    use_own_attention(model)
     if model.config.feat_extract_norm != "layer":
         raise UserError(
             "audio",
@@ -88,6 +89,8 @@ def build_wavlm(settings: AudioSettings) -> Any:
             f"{settings.layer} is outside hidden_states of a WavLM with {layers} layers",
             f"Write a number from {-layers - 1} to {layers}.",
         )
+    quantise(model, settings.quantisation, settings.int8_threshold, dtype, skip={"gru_rel_pos_linear"})
+    check_quantised(model, settings.quantisation, where="audio")
     return model
 
 
@@ -105,9 +108,17 @@ class AudioEncoder(nn.Module):
             and are cut off.
     """
 
-    def __init__(self, settings: AudioSettings, *, minimum_frames: int, needs_last: bool) -> None:
+    @outside_zero_init()
+    def __init__(
+        self,
+        settings: AudioSettings,
+        *,
+        minimum_frames: int,
+        needs_last: bool,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.wavlm = build_wavlm(settings)
+        self.wavlm = build_wavlm(settings, dtype)
         config = self.wavlm.config
         self.layer = settings.layer % (config.num_hidden_layers + 1)
         self.stream_is_last = not needs_last or self.layer == config.num_hidden_layers
@@ -115,9 +126,15 @@ class AudioEncoder(nn.Module):
             self.wavlm.encoder.layers = self.wavlm.encoder.layers[: self.layer]
             if config.do_stable_layer_norm and self.layer < config.num_hidden_layers:
                 self.wavlm.encoder.layer_norm = nn.Identity()  # it belongs to the last layer's output
+        if settings.activation_checkpointing:
+            # Reentrant checkpointing fails under ZeRO, and gives no gradient above frozen layers.
+            old_name = "gradient_checkpointing_enable"
+            getattr(self.wavlm, "activation_checkpointing_enable", getattr(self.wavlm, old_name))(
+                {"use_reentrant": False}
+            )
         self.width: int = config.hidden_size
         self.trained = settings.tuning != "frozen"
-        apply_tuning(self.wavlm, settings.tuning, settings.lora, where="audio")
+        apply_tuning(self.wavlm, settings, where="audio")
         if hasattr(self.wavlm, "masked_spec_embed"):
             self.wavlm.masked_spec_embed.requires_grad_(False)  # used by spec-augment only
         if settings.tuning != "full" or not settings.train_feature_encoder:
