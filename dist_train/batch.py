@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -74,6 +74,8 @@ class Batch(TypedDict):
     real: Tensor  # [B], False on fillers
     index: Tensor  # [B] position in the key-sorted split
     set_aside: list[str]  # why clips of this batch do not count
+    answer: NotRequired[Tensor]  # [B, N] token ids the language model has said to a clip (rollout.remember)
+    answer_mask: NotRequired[Tensor]  # nothing where it has not been asked yet
 
 
 class Collator:

@@ -18,7 +18,7 @@ SHOWN = 8  # keys named in the message
 def non_finite_loss(step: int, result: GlobalLoss, batches: list[Batch], keys: list[str]) -> UserError:
     """The error for a loss over these micro-batches that is not finite (collective)."""
     terms = [name for name, term in result.terms.items() if not term.isfinite()] or ["their weighted sum"]
-    rows = bad_rows([*result.rows.complete, *result.rows.missing])
+    rows = bad_rows([*result.rows.complete, *result.rows.missing, result.rows.asr])
     return explain(step, "loss", terms, guilty_keys(rows, batches, keys))
 
 

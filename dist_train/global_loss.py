@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 
 from dist_train.batch import Batch
 from dist_train.fusion import FlowOutput
-from dist_train.losses import LossSettings, double_flow_loss
+from dist_train.losses import LossSettings, double_flow_loss, transcription_loss
 from dist_train.model import Flows
 from sharding.collectives import gather_rows
 
@@ -43,6 +43,7 @@ class Rows(NamedTuple):
     missing: FlowOutput
     label: Tensor
     has_teacher: Tensor
+    asr: Tensor
 
 
 class GlobalLoss(NamedTuple):
@@ -68,11 +69,12 @@ class GlobalLoss(NamedTuple):
 
 
 def pack(flows: Flows, batch: Batch) -> Packed:
-    """Everything a loss needs of a clip in one row: the outputs of both flows, label, whether it has a transcript,
-    whether it is real, and its share of the language model's positions.
+    """Everything a loss needs of a clip in one row: the outputs of both flows, sum and count of ASR, label, whether it
+    has a transcript, whether it is real, and its share of the language model's positions.
     """
-    parts = [*flows.complete, *flows.missing]
     count = len(batch["label"])
+    asr = torch.zeros(count, 2, device=batch["label"].device) if flows.asr is None else flows.asr
+    parts = [*flows.complete, *flows.missing, asr]
     share = (flows.tokens / count).float().expand(count)
     extra = torch.stack([batch["label"], batch["text_present"].float(), batch["real"].float(), share], 1)
     rows = torch.cat([part.float().reshape(count, -1) for part in parts] + [extra], 1)
@@ -99,12 +101,15 @@ def global_loss(packed: Sequence[Packed], settings: LossSettings, most: int | No
         terms: dict[str, Tensor] = {}
     else:
         loss, terms = double_flow_loss(rows.complete, rows.missing, rows.label, rows.has_teacher, settings)
+        if settings.asr > 0:
+            terms["asr"] = transcription_loss(rows.asr)
+            loss = loss + settings.asr * terms["asr"]
         (gradient,) = torch.autograd.grad(loss, whole)
     own = gradient[dist.get_rank() * most :][: len(local)]
     return GlobalLoss(
         loss.detach(),
         {name: term.detach() for name, term in terms.items()},
-        Rows(detached(rows.complete), detached(rows.missing), rows.label, rows.has_teacher),
+        Rows(detached(rows.complete), detached(rows.missing), rows.label, rows.has_teacher, rows.asr.detach()),
         clips,
         tokens,
         list(own.split([len(part.rows) for part in packed])),
@@ -123,5 +128,5 @@ def unpack(whole: Tensor, shapes: Sequence[torch.Size]) -> tuple[Rows, int]:
     sizes = [shape.numel() for shape in shapes]
     *columns, label, has_text, _, _ = whole.split([*sizes, 1, 1, 1, 1], 1)
     restored = [column.reshape(len(whole), *shape) for column, shape in zip(columns, shapes, strict=True)]
-    complete, missing = FlowOutput(*restored[:FLOW]), FlowOutput(*restored[FLOW:])
-    return Rows(complete, missing, label[:, 0].detach(), has_text[:, 0] > 0), tokens
+    complete, missing, asr = FlowOutput(*restored[:FLOW]), FlowOutput(*restored[FLOW:-1]), restored[-1]
+    return Rows(complete, missing, label[:, 0].detach(), has_text[:, 0] > 0, asr), tokens

@@ -1,12 +1,14 @@
-"""The language model: states of the real text, and states of the text it imagines from the audio (METHOD §1.1)."""
+"""The language model: one packed pass over the real text and the text it imagines from the audio (METHOD §1.1)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -19,20 +21,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from dist_train.adapters import LoraSettings, Tuning, apply_tuning
+from dist_train.adapters import OUTPUT, Tuning, TuningSettings, apply_tuning
+from dist_train.packed import NAME, TextStates, Tokens, leave_before, pack, spread, take
 from dist_train.pretrained import LOAD_ERRORS, cannot_load, load_model
+from dist_train.quantise import check_quantised, loading_config, quantise
+from dist_train.rollout import SimulationSettings, answer, decode, sharded
 from sharding.errors import UserError
 
-PAPER_PROMPT = (
-    "USER: Transcribe speech to text. Output the transcription directly without redundant content. "
-    "Ensure that the output is not duplicated. \n ASSISTANT:"
-)
 
-
-class TextSettings(BaseModel):
+class TextSettings(TuningSettings):
     """The language model and the states of the real transcript."""
-
-    model_config = ConfigDict(extra="forbid")
 
     input: Literal["transcript", "features"] = Field(
         "transcript",
@@ -53,32 +51,12 @@ class TextSettings(BaseModel):
     vocabulary: int = Field(1024, ge=300, description="Number of tokens of a tokenizer trained on the transcripts.")
     layers: int = Field(4, ge=1, description="Real text = sum of the last `layers` hidden states.")
     max_tokens: int = Field(512, ge=8, description="Longest transcript accepted, in tokens.")
-    tuning: Tuning = Field("lora", description="`frozen`, `full` or `lora`.")
-    lora: LoraSettings = Field(default_factory=LoraSettings, description="LoRA on the language model.")
-
-
-class SimulationSettings(BaseModel):
-    """How the language model imagines the text of a clip whose transcript is missing."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    rollout: Literal["generate", "prefix", "none"] = Field(
-        "generate",
-        description="`generate`: greedy decoding, then one differentiable pass, states of the answer. "
-        "`prefix`: no decoding, states at the audio positions. `none`: no imagined text.",
+    activation_checkpointing: bool = Field(
+        False,
+        description="Keep only each layer's input for the backward pass and compute the layer again there: less "
+        "memory, about a third more time.",
     )
-    layer: int = Field(-4, description="Index into the language model's hidden_states for the imagined text.")
-    max_new_tokens: int = Field(200, ge=1, description="Longest answer, in tokens.")
-    prompt: str = Field(PAPER_PROMPT, description="Prompt after the audio.")
-    stack_frames: int = Field(5, ge=1, description="Audio frames stacked into one language model position.")
-    projector_width: int = Field(2048, ge=1, description="Hidden width of the projector.")
-
-
-class TextStates(NamedTuple):
-    """states [B, L, H] and mask [B, L] (True = real)."""
-
-    states: Tensor
-    mask: Tensor
+    tuning: Tuning = Field("lora", description="`frozen`, `full`, or an adapter: `lora`, `dora`, `vera`.")
 
 
 class Projector(nn.Module):
@@ -100,134 +78,240 @@ class Projector(nn.Module):
         return TextStates(self.linear2(torch.relu(self.linear1(stacked))), kept)
 
 
+class Block(NamedTuple):
+    """Rows of the packed pass: audio [B, A, H], then tokens [B, L]. States are read from column `first` on; unless
+    `whole_way`, none above `simulation.layer`.
+    """
+
+    audio: TextStates | None
+    tokens: Tokens | None
+    first: int = 0
+    whole_way: bool = True
+
+
+class Pass(NamedTuple):
+    """What the packed pass says of one block: the hidden states it went through (embeddings first, the last of a block
+    that goes the whole way after the final norm) at its n real positions, each [n, H]; which positions of its rows
+    [B, A + L] these are; from which column on to read.
+    """
+
+    states: Sequence[Tensor]
+    mask: Tensor
+    first: int
+
+    def layer(self, index: int) -> TextStates:
+        """One hidden state."""
+        return self.padded(self.states[index])
+
+    def last(self, count: int) -> TextStates:
+        """The sum of the last `count` hidden states."""
+        return self.padded(torch.stack(list(self.states[-count:])).sum(0))
+
+    def padded(self, states: Tensor) -> TextStates:
+        """States [n, H] → [B, columns from `first` on, H]."""
+        return TextStates(spread(states, self.mask)[:, self.first :], self.mask[:, self.first :])
+
+
 class LanguageModel(nn.Module):
     """A causal language model with its tokenizer's special ids.
 
     Real text: hidden states over the transcript. Imagined text: hidden states over [projected audio ; BOS +
-    prompt ; answer], the answer decoded greedily.
+    prompt ; answer], the answer decoded first. Both go through the decoder in one packed pass.
+
+    Args:
+        transcribes: an ASR loss reads `transcription`.
+        dtype: of loaded weights.
     """
 
     def __init__(
-        self, settings: TextSettings, simulation: SimulationSettings, tokenizer: PreTrainedTokenizerBase
+        self,
+        settings: TextSettings,
+        simulation: SimulationSettings,
+        tokenizer: PreTrainedTokenizerBase,
+        dtype: torch.dtype = torch.float32,
+        *,
+        transcribes: bool = False,
     ) -> None:
         super().__init__()
-        self.causal: Any = build_causal_lm(settings, tokenizer)
+        self.causal: Any = build_causal_lm(settings, tokenizer, dtype)
+        self.causal.set_attn_implementation(NAME)
         self.causal.generation_config = GenerationConfig()  # a model may bring its own: sampling, penalties
         self.width: int = self.causal.config.hidden_size
-        self.layers = settings.layers
-        self.layer = simulation.layer
-        self.max_new_tokens = simulation.max_new_tokens
+        self.simulation = simulation
         self.eos, self.pad = tokenizer.eos_token_id, pad_id(tokenizer)
         prompt = [tokenizer.bos_token_id, *tokenizer(simulation.prompt, add_special_tokens=False).input_ids]
         self.prompt: Tensor
         self.register_buffer("prompt", torch.tensor(prompt), persistent=False)
-        count = self.causal.config.num_hidden_layers
+        self.check_layers(settings)
+        apply_tuning(self.causal, settings, where="text")
+        self.freeze_unreached(settings, transcribes=transcribes)
+        leave_before(self.causal.get_decoder().layers[max(self.imagined_layer, 1) :])
+        self.trained = settings.tuning != "frozen"
+        self.checkpoints = settings.activation_checkpointing
+        if self.checkpoints:
+            # Reentrant checkpointing fails under ZeRO-2 and -3.
+            old_name = "gradient_checkpointing_enable"
+            getattr(self.causal, "activation_checkpointing_enable", getattr(self.causal, old_name))(
+                {"use_reentrant": False}
+            )
+
+    def check_layers(self, settings: TextSettings) -> None:
+        """Refuses hidden states that the model does not have.
+
+        Raises:
+            UserError: it does not.
+        """
+        count, layer = self.causal.config.num_hidden_layers, self.simulation.layer
         if settings.input == "transcript" and settings.layers > count + 1:
             raise UserError(
                 "text.layers",
                 f"{settings.layers} hidden states are asked of a model with {count} layers",
                 f"Write at most {count + 1}.",
             )
-        if simulation.rollout != "none" and not -count - 1 <= simulation.layer <= count:
+        if self.simulation.rollout != "none" and not -count - 1 <= layer <= count:
             raise UserError(
                 "simulation.layer",
-                f"{simulation.layer} is outside hidden_states of a model with {count} layers",
+                f"{layer} is outside hidden_states of a model with {count} layers",
                 f"Write a number from {-count - 1} to {count}.",
             )
-        apply_tuning(self.causal, settings.tuning, settings.lora, where="text")
-        self.freeze_unreached(settings, simulation)
-        self.trained = settings.tuning != "frozen"
 
-    def freeze_unreached(self, settings: TextSettings, simulation: SimulationSettings) -> None:
+    @property
+    def imagined_layer(self) -> int:
+        """Decoder layers below the imagined text's states."""
+        count = len(self.causal.get_decoder().layers)
+        return self.simulation.layer % (count + 1) if self.simulation.rollout != "none" else 0
+
+    def freeze_unreached(self, settings: TextSettings, *, transcribes: bool) -> None:
         """No gradient for what no loss reaches: ZeRO-3 would apply old gradients to it."""
         decoder, embeddings = self.causal.get_decoder(), self.causal.get_input_embeddings()
         output = self.causal.get_output_embeddings()
+        if transcribes:
+            return  # transcripts are read and spoken: everything is reached
         if output.weight is not embeddings.weight:
             output.requires_grad_(False)  # serves decoding only
         if settings.input == "transcript":
             return
-        count = len(decoder.layers)
-        reached = simulation.layer % (count + 1) if simulation.rollout != "none" else 0
+        reached = self.imagined_layer
         decoder.layers[reached:].requires_grad_(False)
-        decoder.norm.requires_grad_(decoder.norm.weight.requires_grad and reached == count)
-        if simulation.rollout != "generate":
+        decoder.norm.requires_grad_(decoder.norm.weight.requires_grad and reached == len(decoder.layers))
+        if not self.simulation.decodes:
             embeddings.requires_grad_(False)
 
     def train(self, mode: bool = True) -> LanguageModel:
         """Sets training mode; a frozen model stays in evaluation mode."""
         super().train(mode and self.trained)
+        if self.checkpoints:  # transformers asks the layers' own flag; what is inside them keeps its mode
+            for layer in self.causal.get_decoder().layers:
+                layer.training = mode
         return self
 
-    def hidden_states(self, **inputs: Any) -> tuple[Tensor, ...]:
-        """All hidden states of the decoder (embeddings first, the last after the final norm)."""
-        return self.causal.get_decoder()(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    def question(self, audio: TextStates, said: Tokens | None, whole: Tensor) -> Block:
+        """[projected audio ; BOS + prompt ; said without its last token], to read the states that emit what is said;
+        without `said`, [projected audio] alone.
 
-    def real(self, tokens: Tensor, mask: Tensor) -> TextStates:
-        """tokens [B, L] (BOS kept), mask [B, L] → sum of the last hidden states [B, L, H]."""
-        states = self.hidden_states(input_ids=tokens, attention_mask=mask.long())
-        return TextStates(torch.stack(states[-self.layers :]).sum(0), mask)
+        The states equal those of decode time because the model is causal (METHOD §1.1). Nor can the prompt reach the
+        audio's states, so there it is left out.
 
-    def prefix(self, audio: TextStates) -> TextStates:
-        """States at the audio positions. The prompt comes after them and the model is causal, so it is left out."""
-        states = self.hidden_states(inputs_embeds=audio.states, attention_mask=audio.mask.long())
-        return TextStates(states[self.layer], audio.mask)
-
-    def generate(self, audio: TextStates) -> TextStates:
-        """Greedy answer under no_grad, then one differentiable pass; the state that emitted each answer token.
-
-        The states equal those of decode time because the model is causal (METHOD §1.1).
+        Args:
+            audio: projected audio.
+            said: tokens, at least one per row.
+            whole: bool [B]; of another row only the first audio position and the last of the prompt are kept, so that
+                projector and embeddings stay in the graph at little cost. `said` is one token there.
         """
-        answer = self.decode(audio)
-        embed = self.causal.get_input_embeddings()
-        # Each row is [audio ; prompt ; answer without its last token], shifted together so that padding is
-        # on the right.
-        lengths, prompt = audio.mask.sum(1), len(self.prompt)
-        ended = (answer == self.eos).cumsum(1) - (answer == self.eos).long()
-        answer_mask = ended == 0
-        asked = torch.cat([self.prompt.expand(len(answer), -1), answer[:, :-1]], 1)
-        joined = torch.cat([audio.states, embed(asked)], 1)
-        joined_mask = torch.cat(
-            [audio.mask, torch.ones_like(asked[:, :prompt], dtype=torch.bool), answer_mask[:, 1:]], 1
+        if said is None:
+            return Block(audio, None)
+        rows, prompt = len(whole), len(self.prompt)
+        asked = torch.ones(rows, prompt, dtype=torch.bool, device=whole.device)
+        asked[:, :-1] = whole[:, None]
+        heard = audio.mask & whole[:, None]
+        heard[:, 0] |= ~whole
+        return Block(
+            TextStates(audio.states, heard),
+            Tokens(
+                torch.cat([self.prompt.expand(rows, -1), said.ids[:, :-1]], 1),
+                torch.cat([asked, said.mask[:, 1:]], 1),
+            ),
+            audio.mask.shape[1] + prompt - 1,
         )
-        order = torch.argsort((~joined_mask).to(torch.int8), dim=1, stable=True)
-        width = int(joined_mask.sum(1).max())
-        order = order[:, :width]
-        joined = torch.gather(joined, 1, order[..., None].expand(-1, -1, joined.shape[2]))
-        states = self.hidden_states(inputs_embeds=joined, attention_mask=torch.gather(joined_mask, 1, order).long())[
-            self.layer
-        ]
-        # The first answer token is emitted at the last prompt position.
-        positions = lengths[:, None] + prompt - 1 + torch.arange(answer.shape[1], device=answer.device)
-        positions = positions.clamp(max=width - 1)
-        picked = torch.gather(states, 1, positions[..., None].expand(-1, -1, states.shape[2]))
-        return TextStates(picked, answer_mask)
 
-    @torch.no_grad()
-    def decode(self, audio: TextStates) -> Tensor:
-        """Greedy answer tokens [B, N], EOS included, padded behind it. All ranks run the same number of passes under
-        ZeRO-3.
+    def read(self, blocks: Sequence[Block]) -> list[Pass]:
+        """All blocks in one pass of the decoder, without padding; those that go the whole way come first."""
+        tokens = [block.tokens for block in blocks if block.tokens is not None]
+        if tokens:  # one look-up: under ZeRO-3 each gathers the table
+            ids = torch.cat([part.ids.flatten() for part in tokens])
+            found = self.causal.get_input_embeddings()(ids).split([part.ids.numel() for part in tokens])
+            embedded = iter([x.unflatten(0, part.ids.shape) for x, part in zip(found, tokens, strict=True)])
+        inputs = []
+        for block in blocks:
+            parts = [] if block.audio is None else [block.audio]
+            if block.tokens is not None:
+                parts.append(TextStates(next(embedded), block.tokens.mask))
+            inputs.append(TextStates(*(torch.cat(columns, 1) for columns in zip(*parts, strict=True))))
+        rows = [len(x.mask) for x in inputs]
+        staying = sum(count for count, block in zip(rows, blocks, strict=True) if block.whole_way)
+        packed, segments = pack(inputs, staying or None)  # the upper layers cannot run on nothing
+        states = self.causal.get_decoder()(
+            inputs_embeds=packed,
+            position_ids=segments.positions,
+            attention_mask=packed.new_empty(0, 0, 0, 0),  # four dimensions: taken as it is, no N × N mask is built
+            segments=segments,
+            output_hidden_states=True,
+            use_cache=False,
+        ).hidden_states
+        lengths = iter(segments.lengths)
+        sizes = [sum(next(lengths) for _ in range(count)) for count in rows]
+        found = []
+        for x, block, end, size in zip(inputs, blocks, np.cumsum(sizes), sizes, strict=True):
+            there = [state[0, end - size : end] for state in states if state.shape[1] >= end]
+            found.append(Pass(there, x.mask, block.first))
+        return found
+
+    def answers(self, audio: TextStates, wanted: Tensor, known: Tokens | None) -> Tokens:
+        """What the model says to the audio of each clip, under no_grad: at least one token per row.
+
+        Args:
+            audio: projected audio.
+            wanted: bool [B], clips whose answer matters; the others get one token.
+            known: answers at hand, no token where there is none; clips that have one are not decoded.
         """
-        embeds = torch.cat(
-            [audio.states, self.causal.get_input_embeddings()(self.prompt).expand(len(audio.mask), -1, -1)], 1
-        )
-        mask = torch.cat([audio.mask, audio.mask.new_ones(len(audio.mask), len(self.prompt))], 1)
-        # Decoding wants padding on the left.
-        order = torch.argsort(mask.to(torch.int8), dim=1, stable=True)
-        embeds = torch.gather(embeds, 1, order[..., None].expand_as(embeds))
-        was_training = self.causal.training
-        self.causal.eval()
-        answer = self.causal.generate(
-            inputs_embeds=embeds,
-            attention_mask=torch.gather(mask, 1, order).long(),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=self.eos,
-            pad_token_id=self.pad,
-            synced_gpus=hasattr(self.causal.get_input_embeddings().weight, "ds_id"),
-        )
-        self.causal.train(was_training)
-        return answer
+        with torch.no_grad():
+            prompt = self.causal.get_input_embeddings()(self.prompt)
+
+        def ask(rows: Tensor) -> Tokens:
+            states, mask = audio.states[rows].detach(), audio.mask[rows]
+            prefix = TextStates(
+                torch.cat([states, prompt.expand(len(rows), -1, -1)], 1),
+                torch.cat([mask, mask.new_ones(len(rows), len(prompt))], 1),
+            )
+            return decode(
+                self.causal,
+                prefix,
+                beams=self.simulation.beams,
+                limit=self.simulation.max_new_tokens,
+                eos=self.eos,
+                pad=self.pad,
+            )
+
+        return answer(wanted, known, ask, everywhere=sharded(self.causal), filler=self.eos)
+
+    def transcript(self, text: Tokens, whole: Tensor) -> Tokens:
+        """The transcript that follows BOS in `text`, EOS behind it: what ASR has to say; one token where `whole` [B]
+        is False.
+        """
+        ids = torch.cat([text.ids[:, 1:], text.ids[:, :1]], 1)
+        ids = ids.scatter(1, text.mask.sum(1, keepdim=True) - 1, self.eos)
+        mask = text.mask & whole[:, None]
+        mask[:, 0] = True
+        return Tokens(ids, mask)
+
+    def transcription(self, spoken: Pass, said: Tokens, whole: Tensor) -> Tensor:
+        """[B, 2] fp32: negative log-likelihood of the transcript in nats, and its number of tokens; 0 and 0 where
+        `whole` [B] is False (SLAM-ASR, arXiv 2402.08846).
+        """
+        logits = self.causal.get_output_embeddings()(take(*spoken.layer(-1)))  # nowhere else
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        surprise = nn.functional.cross_entropy(exact, take(*said), reduction="none")
+        return torch.stack([spread(surprise, said.mask).sum(1), said.mask.sum(1).to(exact.dtype)], 1) * whole[:, None]
 
 
 class TextFeatures(nn.Module):
@@ -242,8 +326,13 @@ class TextFeatures(nn.Module):
         return TextStates(self.linear(features.to(self.linear.weight.dtype)), mask)
 
 
-def build_causal_lm(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def build_causal_lm(
+    settings: TextSettings, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """The causal language model from a folder, the hub or a configuration.
+
+    Args:
+        dtype: of its weights if they are loaded, and of the arithmetic of quantised layers.
 
     Raises:
         UserError: for a model that cannot be loaded.
@@ -256,8 +345,16 @@ def build_causal_lm(settings: TextSettings, tokenizer: PreTrainedTokenizerBase) 
             "pad_token_id": pad_id(tokenizer),
         }
         model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**{**special, **(settings.config or {})}))
+        quantise(model, settings.quantisation, settings.int8_threshold, dtype, skip=OUTPUT)
     else:
-        model = load_model(AutoModelForCausalLM, "text.pretrained", settings.pretrained)
+        model = load_model(
+            AutoModelForCausalLM,
+            "text.pretrained",
+            settings.pretrained,
+            dtype=dtype,
+            quantization_config=loading_config(settings.quantisation, settings.int8_threshold, dtype),
+        )
+    check_quantised(model, settings.quantisation, where="text")
     known = model.config.vocab_size
     if len(tokenizer) > known:
         raise UserError(

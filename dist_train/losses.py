@@ -1,4 +1,4 @@
-"""The six loss terms of the double flow, over the rows of one global batch.
+"""The six loss terms of the double flow, and the ASR term, over the rows of one global batch.
 
 Pure functions of tensors: gathering over ranks and dropping fillers is the caller's part. Everything is computed in
 fp32 (float64 stays float64). Source: SDUMC (arXiv 2410.15029) and its released code; Rank-N-Contrast, NeurIPS 2023.
@@ -17,7 +17,7 @@ RNC_SLACK = 1e-4
 
 
 class LossSettings(BaseModel):
-    """Weights of the six loss terms (defaults: the released final script) and their two constants."""
+    """Weights of the six loss terms (defaults: the released final script), their two constants; the weight of ASR."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -37,6 +37,12 @@ class LossSettings(BaseModel):
         default=0.13, ge=0, description="Weight of L_RS: RMSE between the two flows' representations. Default: 0.13."
     )
     rnc: float = Field(default=0.5, ge=0, description="Weight of Rank-N-Contrast over both flows. Default: 0.5.")
+    asr: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of ASR (SLAM-ASR, arXiv 2402.08846): cross-entropy of the transcript given the audio, in "
+        "nats per token, over all clips of a step. Default: 0, no ASR.",
+    )
     rnc_temperature: float = Field(
         default=2.0, gt=0, description="Temperature: similarity = -L2 distance / temperature. Default: 2."
     )
@@ -46,6 +52,11 @@ class LossSettings(BaseModel):
         description="Added to the mean square under the root of each RMSE, so that its gradient stays finite when both "
         "sides are equal. Default: 1e-12.",
     )
+
+    @property
+    def compares_flows(self) -> bool:
+        """Whether any of the six terms counts; without them only ASR trains (projector pre-training)."""
+        return any((self.mse_complete, self.mse_missing, self.mkd1, self.mkd2, self.rs, self.rnc))
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -98,6 +109,12 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float) -> Ten
     return (suffix.gather(1, start) - similarity).mean()
 
 
+def transcription_loss(asr: Tensor) -> Tensor:
+    """Mean negative log-likelihood per transcript token over all n clips, from their sums and counts [n, 2]."""
+    sums, counts = _exact(asr).unbind(1)
+    return sums.sum() / counts.sum().clamp(min=1)
+
+
 def double_flow_loss(
     complete: FlowOutput, missing: FlowOutput, labels: Tensor, has_teacher: Tensor, settings: LossSettings
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -113,8 +130,11 @@ def double_flow_loss(
         settings: weights and constants.
 
     Returns:
-        The scalar loss and ``{"mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"}``, all attached to the graph.
+        The scalar loss and ``{"mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"}``, all attached to the graph;
+        0 and no terms if all six weights are 0.
     """
+    if not settings.compares_flows:
+        return labels.new_zeros(()), {}
     labels = _exact(labels)
 
     def rmse(student: Tensor, teacher: Tensor) -> Tensor:

@@ -11,16 +11,33 @@ from transformers import PreTrainedTokenizerBase
 from dist_train.audio import AudioEncoder, AudioFeatures
 from dist_train.batch import Batch
 from dist_train.fusion import FlowOutput, FusionNetwork, FusionWidths
-from dist_train.llm import LanguageModel, Projector, TextFeatures, TextStates
+from dist_train.llm import Block, LanguageModel, Projector, TextFeatures
+from dist_train.packed import TextStates, Tokens
+from dist_train.phases import phase
 from dist_train.recipe import Recipe
 
 
 class Flows(NamedTuple):
-    """What both flows say of a micro-batch, and how many language model positions [] it took."""
+    """What both flows say of a micro-batch of B clips."""
 
     complete: FlowOutput
     missing: FlowOutput
     tokens: Tensor
+    """[] positions of the language model's packed pass."""
+    asr: Tensor | None = None
+    """[B, 2] negative log-likelihood of the transcript in nats, and its number of tokens; None without ASR."""
+    answers: Tokens | None = None
+    """The imagined text, one answer per clip; None where the rollout decodes nothing."""
+
+
+class Texts(NamedTuple):
+    """Real and simulated text of B clips, and what Flows passes on."""
+
+    real: TextStates
+    simulated: TextStates
+    tokens: Tensor
+    asr: Tensor | None
+    answers: Tokens | None
 
 
 class DoubleFlow(nn.Module):
@@ -39,14 +56,17 @@ class DoubleFlow(nn.Module):
         super().__init__()
         simulates = recipe.simulation.rollout != "none"
         minimum = recipe.simulation.stack_frames if simulates else 1  # frames: one position of imagined text
-        self.rollout = recipe.simulation.rollout
+        self.decodes = recipe.simulation.decodes
+        self.transcribes = recipe.loss.asr > 0
+        self.compares = recipe.loss.compares_flows
+        self.layers = recipe.text.layers
         if recipe.audio.input == "waveform":
             self.audio: AudioEncoder | AudioFeatures = AudioEncoder(
-                recipe.audio, minimum_frames=minimum, needs_last=simulates
+                recipe.audio, minimum_frames=minimum, needs_last=simulates, dtype=recipe.dtype
             )
         else:
             self.audio = AudioFeatures(recipe.widths.audio, minimum_frames=minimum)
-        self.llm = LanguageModel(recipe.text, recipe.simulation, tokenizer)
+        self.llm = LanguageModel(recipe.text, recipe.simulation, tokenizer, recipe.dtype, transcribes=self.transcribes)
         self.text_features = (
             TextFeatures(recipe.widths.text, self.llm.width) if recipe.text.input == "features" else None
         )
@@ -56,36 +76,57 @@ class DoubleFlow(nn.Module):
             recipe.fusion,
             recipe.imagination,
         )
+        self.fusion.requires_grad_(self.compares)  # in projector pre-training no loss reaches it
 
     def forward(self, batch: Batch) -> Flows:
         """Batch of B clips → both flows."""
         dtype = next(self.fusion.parameters()).dtype
         heard = self.audio(batch["audio"], batch["audio_mask"])
+        texts = self.texts(batch, heard.last.to(dtype), heard.mask)
+        if self.training and not self.compares:
+            nothing = FlowOutput(*(torch.zeros_like(batch["label"]) for _ in FlowOutput._fields))
+            return Flows(nothing, nothing, *texts[2:])
         audio = present_or_zero(heard.stream.to(dtype), heard.mask, batch["audio_present"])
+        real = present_or_zero(*texts.real, batch["text_present"])
+        simulated = present_or_zero(*texts.simulated, batch["audio_present"])
         vision = present_or_zero(batch["vision"].to(dtype), batch["vision_mask"], batch["vision_present"])
-
-        real = self.real_text(batch)
-        simulated = self.simulated_text(heard.last.to(dtype), heard.mask, batch["audio_present"])
-        tokens = real.mask.sum() + simulated.mask.sum()
-
-        real = present_or_zero(*real, batch["text_present"])
         complete, missing = self.fusion(*audio, *real, *simulated, *vision)
-        return Flows(complete, missing, tokens)
+        return Flows(complete, missing, *texts[2:])
 
-    def real_text(self, batch: Batch) -> TextStates:
-        """States of the transcript [B, L, H]; only the complete flow sees them."""
-        if self.text_features is not None:
-            return self.text_features(batch["text"], batch["text_mask"])
-        return self.llm.real(batch["text"], batch["text_mask"])
+    def texts(self, batch: Batch, frames: Tensor, mask: Tensor) -> Texts:
+        """Real and simulated text of each clip, out of one pass of the language model.
 
-    def simulated_text(self, frames: Tensor, mask: Tensor, present: Tensor) -> TextStates:
-        """States of the text imagined from the audio [B, N, H]; one zero position where it is not imagined."""
-        if self.projector is None:
-            nothing = frames.new_zeros(len(frames), 1, self.llm.width)
-            return TextStates(nothing, torch.ones_like(nothing[..., 0], dtype=torch.bool))
-        projected = self.projector(frames, mask)
-        imagine = self.llm.generate if self.rollout == "generate" else self.llm.prefix
-        return present_or_zero(*imagine(projected), present)
+        The complete flow and ASR read the transcript in segments of their own: the missing flow cannot see it.
+        """
+        flows = self.compares or not self.training
+        text = Tokens(batch["text"], batch["text_mask"])
+        audio = None if self.projector is None else self.projector(frames, mask)
+        wanted = batch["audio_present"] & batch["real"]
+        whole = wanted & batch["text_present"]
+        blocks: dict[str, Block] = {}
+        answers = said = None
+        if flows and self.text_features is None:
+            blocks["real"] = Block(None, text)
+        if self.transcribes and audio is not None:
+            said = self.llm.transcript(text, whole)
+            blocks["spoken"] = self.llm.question(audio, said, whole)
+        if flows and audio is not None:
+            if self.decodes:
+                known = Tokens(batch["answer"], batch["answer_mask"]) if "answer" in batch else None
+                with phase("rollout"):
+                    answers = self.llm.answers(audio, wanted, known)
+            blocks["simulated"] = self.llm.question(audio, answers, wanted)._replace(whole_way=False)
+        read = dict(zip(blocks, self.llm.read(list(blocks.values())), strict=True)) if blocks else {}
+        real = simulated = TextStates(frames.new_zeros(len(mask), 1, self.llm.width), torch.ones_like(mask[:, :1]))
+        if "real" in read:
+            real = read["real"].last(self.layers)
+        elif self.text_features is not None:
+            real = self.text_features(*text)
+        if "simulated" in read:
+            simulated = read["simulated"].layer(self.llm.imagined_layer)
+        asr = None if said is None else self.llm.transcription(read["spoken"], said, whole)
+        tokens = torch.tensor(sum(len(part.states[0]) for part in read.values()), device=mask.device)
+        return Texts(real, simulated, tokens, asr, answers)
 
 
 def present_or_zero(states: Tensor, mask: Tensor, present: Tensor) -> TextStates:

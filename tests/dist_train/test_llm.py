@@ -5,66 +5,22 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    WavLMConfig,
-    WavLMModel,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, WavLMConfig, WavLMModel
 
-from dist_train.llm import (
-    LanguageModel,
-    Projector,
-    SimulationSettings,
-    TextFeatures,
-    TextSettings,
-    TextStates,
-    load_tokenizer,
-)
+from dist_train.llm import Block, LanguageModel, Projector, TextFeatures, load_tokenizer
+from dist_train.packed import Tokens
+from dist_train.rollout import SimulationSettings
 from sharding.errors import UserError
-from tests import tiny
-
-LAYERS, WIDTH = 3, 16
+from tests.dist_train.tiny_llm import LAYERS, WIDTH, all_of, build, imagine, ragged_audio, stock, text_settings
 
 
-def text_settings(**changes: Any) -> TextSettings:
-    return TextSettings(**{**tiny.recipe(Path("none")).text.model_dump(), **changes})
-
-
-def build(tokenizer: PreTrainedTokenizerBase, simulation: dict[str, Any] | None = None, **text: Any) -> LanguageModel:
-    """Weights large enough that greedy answers vary, float64 so that none is decided by rounding."""
-    settings = SimulationSettings(**{"layer": -2, "prompt": "Say:", "max_new_tokens": 6, **(simulation or {})})
-    model = LanguageModel(text_settings(**text), settings, tokenizer).eval().double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=0.5)
-    return model
-
-
-def ragged_audio(*lengths: int) -> TextStates:
-    """Projected audio of the given lengths; what stands in the padding must not matter."""
-    rows = [torch.randn(length, WIDTH, dtype=torch.float64) for length in lengths]
-    padded = pad_sequence(rows, batch_first=True, padding_value=9.0)
-    return TextStates(padded, torch.arange(padded.shape[1]) < torch.tensor(lengths)[:, None])
-
-
-def greedy(causal: Any, prefix: Tensor, layer: int, steps: int, eos: int | None) -> tuple[list[int], Tensor]:
-    """Step by step with a KV cache, one clip, no padding: answer tokens, and the state that emitted each."""
-    tokens, states, cache, inputs = [], [], None, prefix[None]
-    for _ in range(steps):
-        output = causal(inputs_embeds=inputs, past_key_values=cache, use_cache=True, output_hidden_states=True)
-        cache = output.past_key_values
-        states.append(output.hidden_states[layer][0, -1])
-        tokens.append(int(output.logits[0, -1].argmax()))
-        if tokens[-1] == eos:
-            break
-        inputs = causal.get_input_embeddings()(torch.tensor([[tokens[-1]]]))
-    return tokens, torch.stack(states)
+def ragged_text(*lengths: int, bos: int = 1) -> Tokens:
+    """BOS and random tokens; padded with a token that must not matter."""
+    rows = [torch.tensor([bos, *torch.randint(3, 300, (length - 1,)).tolist()]) for length in lengths]
+    ids = pad_sequence(rows, batch_first=True, padding_value=5)
+    return Tokens(ids, torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None])
 
 
 @pytest.mark.parametrize("layers", [1, LAYERS, LAYERS + 1])
@@ -72,17 +28,13 @@ def test_real_text_is_the_sum_of_the_last_states_of_the_stock_model(
     layers: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     model = build(tokenizer, layers=layers)
-    stock = LlamaForCausalLM(model.causal.config).eval().double()
-    stock.load_state_dict(model.causal.state_dict())
-    rows = [torch.randint(3, 300, (length,)) for length in (1, 7, 4)]
-    tokens = pad_sequence(rows, batch_first=True, padding_value=5)
-    mask = torch.arange(7) < torch.tensor([[1], [7], [4]])
-    found = model.real(tokens, mask)
-    assert torch.equal(found.mask, mask)
-    for row, alone in enumerate(rows):
-        states = stock(alone[None], output_hidden_states=True).hidden_states
+    text = ragged_text(1, 7, 4)
+    found = model.read([Block(None, text)])[0].last(layers)
+    assert torch.equal(found.mask, text.mask)
+    for row, mask in enumerate(text.mask):
+        states = stock(model)(text.ids[row : row + 1, mask], output_hidden_states=True).hidden_states
         expected = sum(states[len(states) - layers :][i][0] for i in range(layers))
-        torch.testing.assert_close(found.states[row, mask[row]], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.states[row, mask], expected, rtol=0, atol=1e-5)
 
 
 def test_projector_stacks_five_frames_and_drops_the_rest() -> None:
@@ -109,55 +61,14 @@ def test_the_projector_of_the_paper_has_its_size() -> None:
 def test_prefix_states_are_those_at_the_audio_positions_before_the_prompt(
     layer: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    model, audio = build(tokenizer, {"layer": layer}), ragged_audio(6, 2, 4)
-    found = model.prefix(audio)
+    model, audio = build(tokenizer, {"layer": layer, "rollout": "prefix"}), ragged_audio(6, 2, 4)
+    found, _ = imagine(model, audio)
     prompt = torch.tensor([tokenizer.bos_token_id, *tokenizer("Say:", add_special_tokens=False).input_ids])
     for row in range(3):
         clip = audio.states[row, audio.mask[row]]
         inputs = torch.cat([clip, model.causal.get_input_embeddings()(prompt)])
-        states = model.causal(inputs_embeds=inputs[None], output_hidden_states=True).hidden_states[layer]
+        states = stock(model)(inputs_embeds=inputs[None], output_hidden_states=True).hidden_states[layer]
         torch.testing.assert_close(found.states[row, audio.mask[row]], states[0, : len(clip)], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("layer", [-1, -2])
-def test_generated_states_are_those_of_decode_time(layer: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Ragged audio, also none at all; some rows end at once or early, others reach the limit."""
-    model, audio = build(tokenizer, {"layer": layer, "max_new_tokens": 7}), ragged_audio(5, 1, 9, 3, 0, 7)
-    causal = model.causal
-    prompt = causal.get_input_embeddings()(model.prompt).detach()
-    prefixes = [torch.cat([audio.states[row, audio.mask[row]], prompt]) for row in range(6)]
-    with torch.no_grad():
-        endless = [greedy(causal, prefix, layer, 7, None)[0] for prefix in prefixes]
-        lengths = set()
-        for eos in (endless[0][0], endless[1][2], endless[2][5], 299):
-            model.eos = eos
-            found = model.generate(audio)
-            expected = [greedy(causal, prefix, layer, 7, eos) for prefix in prefixes]
-            assert found.mask.sum(1).tolist() == [len(tokens) for tokens, _ in expected]
-            for row, (tokens, states) in enumerate(expected):
-                assert model.decode(audio)[row, : len(tokens)].tolist() == tokens
-                assert found.mask[row, : len(tokens)].all()
-                torch.testing.assert_close(found.states[row, : len(tokens)], states, rtol=0, atol=1e-5)
-            lengths |= set(found.mask.sum(1).tolist())
-    assert {1, 7} <= lengths and len(lengths) > 2
-
-
-def test_greedy_tokens_are_those_of_generate_on_each_clip_alone(tokenizer: PreTrainedTokenizerBase) -> None:
-    model, audio = build(tokenizer), ragged_audio(4, 8, 1)
-    answer = model.decode(audio)
-    assert answer.shape == (3, 6)
-    prompt = model.causal.get_input_embeddings()(model.prompt)
-    for row in range(3):
-        inputs = torch.cat([audio.states[row, audio.mask[row]], prompt])[None]
-        alone = model.causal.generate(
-            inputs_embeds=inputs,
-            attention_mask=torch.ones(inputs.shape[:2], dtype=torch.long),
-            do_sample=False,
-            max_new_tokens=6,
-            eos_token_id=model.eos,
-            pad_token_id=model.pad,
-        )
-        assert answer[row, : alone.shape[1]].tolist() == alone[0].tolist()
 
 
 def test_imagined_text_trains_the_projector_and_the_model(
@@ -165,31 +76,13 @@ def test_imagined_text_trains_the_projector_and_the_model(
 ) -> None:
     projector = Projector(3, WIDTH, SimulationSettings(projector_width=8)).double()
     frames, mask = torch.randn(3, 30, 3, dtype=torch.float64), torch.arange(30) < torch.tensor([[30], [12], [5]])
-    for rollout in ("generate", "prefix"):
-        model: Any = build(tokenizer).train()
+    for rollout in ("generate", "cached", "prefix"):
+        model: Any = build(tokenizer, {"rollout": rollout}).train()
         projector.zero_grad()
-        getattr(model, rollout)(projector(frames, mask)).states.square().sum().backward()
+        imagine(model, projector(frames, mask))[0].states.square().sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in projector.parameters())
         assert model.causal.model.layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
         assert all(module.training for module in model.modules())
-
-
-def test_decoding_is_greedy_whatever_the_model_files_say(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    plain, audio = build(tokenizer), ragged_audio(4, 8, 1)
-    plain.causal.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=0.9,
-        top_p=0.6,
-        num_beams=3,
-        repetition_penalty=5.0,
-        eos_token_id=[5, 6],
-        max_length=9,
-    )
-    plain.causal.save_pretrained(tmp_path)
-    loaded = build_without_noise(tokenizer, config=None, pretrained=str(tmp_path), tuning="frozen")
-    plain.causal.generation_config = GenerationConfig()
-    assert torch.equal(loaded.decode(audio), plain.decode(audio))
-    torch.testing.assert_close(loaded.generate(audio).states, plain.generate(audio).states)
 
 
 def build_without_noise(tokenizer: PreTrainedTokenizerBase, **text: Any) -> LanguageModel:
@@ -202,11 +95,13 @@ def test_a_frozen_model_stays_in_evaluation_mode(tokenizer: PreTrainedTokenizerB
     frozen = build_without_noise(tokenizer, config=config, tuning="frozen").train()
     assert not any(module.training for module in frozen.modules())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
-    frozen.generate(ragged_audio(2, 3))
+    imagine(frozen, ragged_audio(2, 3))
     assert not any(module.training for module in frozen.modules())
 
 
-@pytest.mark.parametrize(("rollout", "layer"), [("prefix", 2), ("prefix", -1), ("generate", 1), ("none", -4)])
+@pytest.mark.parametrize(
+    ("rollout", "layer"), [("prefix", 2), ("prefix", -1), ("generate", 1), ("cached", -2), ("none", -4)]
+)
 @pytest.mark.parametrize("tuning", ["full", "lora"])
 def test_nothing_trainable_is_out_of_reach_when_the_real_text_is_features(
     rollout: str, layer: int, tuning: str, tokenizer: PreTrainedTokenizerBase
@@ -218,10 +113,103 @@ def test_nothing_trainable_is_out_of_reach_when_the_real_text_is_features(
             tokenizer, {"rollout": rollout, "layer": layer}, input="features", tuning=tuning, lora=lora, config=config
         )
         if rollout != "none":
-            getattr(model, rollout)(ragged_audio(3, 2)).states.square().sum().backward()
+            imagine(model, ragged_audio(3, 2))[0].states.square().sum().backward()
         idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         assert not idle
         assert any(p.requires_grad for p in model.parameters()) == (rollout != "none")
+
+
+def test_all_blocks_in_one_pass_are_what_each_is_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, audio, text = build(tokenizer), ragged_audio(6, 2, 4), ragged_text(3, 1, 8)
+    calls: list[int] = []
+    model.causal.get_decoder().register_forward_hook(lambda *_: calls.append(1))
+    model.causal.get_input_embeddings().register_forward_hook(lambda *_: calls.append(2))
+    answers = model.answers(audio, all_of(audio), None)
+    blocks = [
+        Block(None, text),
+        model.question(audio, text, all_of(audio)),
+        model.question(audio, answers, all_of(audio))._replace(whole_way=False),
+    ]
+    calls.clear()
+    together = model.read(blocks)
+    assert sorted(calls) == [1, 2]
+    for block, found in zip(blocks, together, strict=True):
+        (alone,) = model.read([block])
+        assert len(found.states) == (LAYERS + 1 if block.whole_way else model.imagined_layer + 1)
+        for layer in range(len(found.states)):
+            for part, expected in zip(found.layer(layer), alone.layer(layer), strict=True):
+                torch.testing.assert_close(part, expected, rtol=0, atol=1e-10)
+
+
+def test_clips_that_are_not_whole_cost_two_positions_and_stay_in_the_graph(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, audio = build(tokenizer), ragged_audio(6, 2)
+    states = audio.states.requires_grad_()
+    nothing = torch.zeros(2, dtype=torch.bool)
+    answers = model.answers(audio, nothing, None)
+    (found,) = model.read([model.question(audio, answers, nothing)])
+    assert len(found.states[0]) == 4
+    read = found.layer(-2)
+    assert read.mask.tolist() == [[True], [True]]
+    (read.states * 0).sum().backward()
+    assert states.grad is not None and model.causal.get_input_embeddings().weight.grad is not None
+
+
+@pytest.mark.parametrize("tuning", ["full", "frozen"])
+def test_activation_checkpointing_changes_no_gradient(tuning: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A frozen model, too, keeps activations for the projector's sake."""
+    plain = build(tokenizer, tuning=tuning).train()
+    saving = build(tokenizer, tuning=tuning, activation_checkpointing=True).train()
+    saving.causal.load_state_dict(plain.causal.state_dict())
+    audio, text = ragged_audio(6, 2, 4), ragged_text(2, 5, 3)
+    passes, gradients = [], []
+    for model in (plain, saving):
+        model.causal.model.layers[1].self_attn.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+        states = audio.states.detach().clone().requires_grad_()
+        heard = audio._replace(states=states)
+        (found,) = model.read([model.question(heard, text, all_of(heard))])
+        passes.clear()
+        found.layer(-1).states.square().sum().backward()
+        assert len(passes) == (model is saving)
+        gradients.append([states.grad, *(p.grad for p in model.parameters() if p.requires_grad and p.grad is not None)])
+    assert len(gradients[0]) == len(gradients[1])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_transcription_is_the_cross_entropy_of_the_stock_model(tokenizer: PreTrainedTokenizerBase) -> None:
+    """[audio ; prompt ; transcript], transcript and EOS to be said; a clip that lacks one of them counts nothing."""
+    model, audio, text = build(tokenizer, transcribes=True), ragged_audio(6, 2, 4, 1), ragged_text(3, 1, 8, 5)
+    whole = torch.tensor([True, True, True, False])
+    said = model.transcript(text, whole)
+    (spoken,) = model.read([model.question(audio, said, whole)])
+    found = model.transcription(spoken, said, whole)
+    causal = stock(model)
+    for row in range(3):
+        target = torch.tensor([*text.ids[row, text.mask[row]].tolist()[1:], tokenizer.eos_token_id])
+        embed = causal.get_input_embeddings()
+        prefix = torch.cat([audio.states[row, audio.mask[row]], embed(model.prompt), embed(target)])
+        logits = causal(inputs_embeds=prefix[None]).logits[0, -len(target) - 1 : -1]
+        expected = torch.stack([cross_entropy(logits, target, reduction="sum"), torch.tensor(len(target))])
+        torch.testing.assert_close(found[row], expected, rtol=1e-6, atol=1e-5)
+    assert found[3].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_the_output_layer_is_trained_by_asr_alone(tuning: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    for transcribes in (False, True):
+        model = build(tokenizer, {"rollout": "prefix"}, transcribes=transcribes, tuning=tuning)
+        names = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert ("causal.lm_head.weight" in names) == (transcribes and tuning == "full")
+
+
+def test_logits_are_computed_where_the_transcript_is_said_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    model, audio, text = build(tokenizer, transcribes=True), ragged_audio(6, 2, 4), ragged_text(3, 1, 8)
+    seen: list[int] = []
+    model.causal.lm_head.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    said = model.transcript(text, all_of(audio))
+    (spoken,) = model.read([model.question(audio, said, all_of(audio))])
+    model.transcription(spoken, said, all_of(audio))
+    assert seen == [3 + 1 + 8]
 
 
 def test_text_features_enter_through_a_linear_layer() -> None:

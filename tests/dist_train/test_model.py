@@ -15,8 +15,11 @@ from dist_train.fusion import FlowOutput
 from dist_train.global_loss import global_loss, pack
 from dist_train.losses import rank_n_contrast
 from dist_train.model import DoubleFlow
+from dist_train.packed import TextStates
 from dist_train.recipe import Recipe
+from dist_train.rollout import remember
 from tests import tiny
+from tests.ranks import run_ranks
 
 FEATURES = {"audio": 7, "text": 6, "vision": tiny.VISION_WIDTH}
 EVERYTHING = {"audio": True, "text": True, "vision": True}
@@ -52,8 +55,9 @@ def clips(made: Recipe, has: list[dict[str, bool]], seed: int | None = None) -> 
 
 
 def assert_alike(left: FlowOutput, right: FlowOutput) -> None:
+    """Of models in float64, whose RMS norms round to fp32 all the same."""
     for a, b in zip(left, right, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -76,11 +80,19 @@ def test_a_prediction_does_not_depend_on_batch_neighbours(
     assert together.complete.prediction.std() > 0.01 and together.missing.prediction.std() > 0.01
 
 
+@pytest.mark.parametrize("asr", [0.0, 0.3])
 @pytest.mark.parametrize("rollout", ["prefix", "generate", "none"])
-def test_the_transcript_cannot_reach_the_missing_flow(rollout: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    made = recipe(simulation={"rollout": rollout})
+def test_the_transcript_cannot_reach_the_missing_flow(
+    rollout: str, asr: float, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Nor its gradient, though both flows and ASR share one pass of the language model. Other lengths change how the
+    pass is cut, and so its rounding; but for Llama's RMS norm everything is in float64.
+    """
+    if rollout == "none" and asr:
+        return  # refused: there is no projector
+    made = recipe(simulation={"rollout": rollout}, loss={"asr": asr})
     model, collate = build(made, tokenizer)
-    model.train()
+    model.train().double()
     samples = clips(made, RAGGED)
     outputs, gradients = [], []
     for text in ("the plot was really awful", None, "good", "a lovely film " * 9):
@@ -91,10 +103,38 @@ def test_the_transcript_cannot_reach_the_missing_flow(rollout: str, tokenizer: P
         (missing.prediction.square().mean() + rank_n_contrast(missing.rnc, torch.arange(4.0), 2.0)).backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     for flows, gradient in zip(outputs[1:], gradients[1:], strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(flows.missing, outputs[0].missing, strict=True))
+        for found, expected in zip(flows.missing, outputs[0].missing, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert gradient.keys() == gradients[0].keys()
-        assert all(torch.equal(value, gradients[0][name]) for name, value in gradient.items())
+        for name, value in gradient.items():
+            torch.testing.assert_close(value, gradients[0][name], rtol=1e-4, atol=1e-5)
         assert not torch.allclose(flows.complete.prediction, outputs[0].complete.prediction)
+        if asr:
+            assert not torch.allclose(flows.asr[0], outputs[0].asr[0])
+
+
+@pytest.mark.parametrize("rollout", ["prefix", "generate"])
+def test_no_gradient_of_the_missing_flow_arrives_at_the_transcript(
+    rollout: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Exactly none, and some at the imagined text."""
+    made = recipe(simulation={"rollout": rollout}, loss={"asr": 1.0})
+    model, collate = build(made, tokenizer)
+    seen: list[torch.Tensor] = []
+    model.llm.causal.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    batch = collate(clips(made, RAGGED))
+    flows = model(batch)
+    inputs = seen[-1]  # transcripts, transcripts to be said, imagined text
+    assert inputs.shape[1] == int(flows.tokens)
+    real, owners = int(batch["text_mask"].sum()), []
+    for output in (flows.complete.prediction, flows.asr[:, 0], flows.missing.prediction):
+        (gradient,) = torch.autograd.grad(output.sum(), inputs, retain_graph=True)
+        owners.append((gradient[0].abs().sum(1) > 0).nonzero().flatten().tolist())
+    complete, said, missing = owners
+    assert complete and said and missing
+    assert max(complete) < real <= min(said) and max(said) < min(missing)
 
 
 def test_imagination_acts_in_the_missing_flow_alone(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -123,7 +163,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 TUNINGS = [("frozen", "frozen"), ("full", "full"), ("lora", "lora")]
 
 
-@pytest.mark.parametrize("rollout", ["prefix", "generate", "none"])
+@pytest.mark.parametrize("rollout", ["prefix", "generate", "cached", "none"])
 @pytest.mark.parametrize("imagines", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_batch_gives_every_trainable_parameter_a_gradient(
     rollout: str, imagines: bool, pretrained: dict[str, str], tokenizer: PreTrainedTokenizerBase, world_of_one: None
@@ -154,6 +194,111 @@ def test_every_batch_gives_every_trainable_parameter_a_gradient(
             assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+ASR_ALONE = {**dict.fromkeys(("mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"), 0.0), "asr": 1.0}
+
+
+@pytest.mark.parametrize("loss", [{"asr": 0.5}, ASR_ALONE])
+@pytest.mark.parametrize("tuning", TUNINGS)
+def test_asr_gives_every_trainable_parameter_a_gradient(
+    loss: dict[str, float],
+    tuning: tuple[str, str],
+    pretrained: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    world_of_one: None,
+) -> None:
+    """Also in a batch in which no clip has both audio and transcript. ASR alone trains no fusion network."""
+    for rollout, audio in product(["prefix", "generate"], ["waveform", "features"]):
+        made = recipe(
+            simulation={"rollout": rollout, "max_new_tokens": 2},
+            audio={"input": audio, "pretrained": pretrained["audio"], "config": None, "tuning": tuning[0]},
+            text={"pretrained": pretrained["text"], "config": None, "tuning": tuning[1]},
+            loss=loss,
+        )
+        model = build_model(made, tokenizer).train()
+        collate = build_collator(made, tokenizer, model)
+        wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert any(name.startswith("fusion") for name in wanted) == (loss is not ASR_ALONE)
+        assert any(name.startswith("projector") for name in wanted)
+        for has in (RAGGED, [NOTHING] * 2, [{**EVERYTHING, "text": False}] * 2):
+            batch = collate(clips(made, has))
+            model.zero_grad()
+            packed = pack(model(batch), batch)
+            found = global_loss([packed], made.loss)
+            found.surrogate(0, packed).backward()
+            reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+            assert reached == wanted, (rollout, audio, wanted ^ reached)
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+            assert (found.terms["asr"] > 0) == (has is RAGGED)
+
+
+def test_asr_is_normalised_by_the_tokens_of_all_micro_steps(
+    tokenizer: PreTrainedTokenizerBase, world_of_one: None
+) -> None:
+    """Loss and gradient of unequal micro-batches are those of one batch."""
+    made = recipe(loss=ASR_ALONE)
+    model, collate = build(made, tokenizer)
+    model.train().double()
+    samples = clips(made, [*RAGGED, EVERYTHING])
+    samples[0]["text"] = "a lovely film " * 9
+    found = []
+    for parts in ([samples], [samples[:1], samples[1:]]):
+        batches = [collate(part) for part in parts]
+        packed = [pack(model(batch), batch) for batch in batches]
+        loss = global_loss(packed, made.loss)
+        model.zero_grad()
+        torch.stack([loss.surrogate(i, part) for i, part in enumerate(packed)]).sum().backward()
+        found.append([loss.loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    for one, many in zip(*found, strict=True):
+        torch.testing.assert_close(one.double(), many.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_asr_is_normalised_by_the_tokens_of_all_ranks(tmp_path: Path) -> None:
+    data = tiny.write_corpus(tmp_path / "shards")
+    found = run_ranks("asr", 2, tmp_path, module="tests.dist_train.work_llm", data=str(data))
+    assert found["loss"] == pytest.approx(found["expected"], rel=1e-5)
+    assert found["distance"] < 1e-5
+    assert found["apart"] == 2  # the ranks had other numbers of tokens
+
+
+def test_asr_learns(tokenizer: PreTrainedTokenizerBase, world_of_one: None) -> None:
+    made = recipe(loss=ASR_ALONE)
+    model = build_model(made, tokenizer).train()
+    batch = build_collator(made, tokenizer, model)(clips(made, [EVERYTHING] * 6))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(25):
+        optimizer.zero_grad()
+        packed = pack(model(batch), batch)
+        loss = global_loss([packed], made.loss)
+        loss.surrogate(0, packed).backward()
+        optimizer.step()
+        losses.append(float(loss.loss))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_answers_at_hand_are_not_decoded_again(tokenizer: PreTrainedTokenizerBase) -> None:
+    made = recipe(simulation={"rollout": "cached"})
+    model, collate = build(made, tokenizer)
+    batch = collate(clips(made, [*RAGGED, NOTHING]))
+    first = model(batch)
+    remember(batch, first.answers)
+
+    def decoded(*_: Any, **__: Any) -> None:
+        raise AssertionError("decoded")
+
+    model.llm.causal.generate = decoded
+    again = model(batch)
+    assert_alike(first.missing, again.missing)
+    batch["answer_mask"] = batch["answer_mask"].clone()
+    batch["answer_mask"][2] = False  # a clip without audio is never decoded
+    assert_alike(first.missing, model(batch).missing)
+    batch["answer_mask"][1] = False
+    with pytest.raises(AssertionError, match="decoded"):
+        model(batch)
+    batch["answer_mask"][1, 0] = True  # another answer
+    assert not torch.allclose(first.missing.text_views[1], model(batch).missing.text_views[1])
+
+
 def test_wavlm_runs_once_per_step_for_both_flows(tokenizer: PreTrainedTokenizerBase, world_of_one: None) -> None:
     made = recipe()
     model, collate = build(made, tokenizer)
@@ -170,12 +315,19 @@ def test_a_clip_without_audio_has_one_zero_position_of_imagined_text(tokenizer: 
     for rollout in ("prefix", "generate", "none"):
         made = recipe(simulation={"rollout": rollout})
         model, collate = build(made, tokenizer)
-        batch: Batch = collate(clips(made, [EVERYTHING, {**EVERYTHING, "audio": False}]))
-        heard = model.audio(batch["audio"], batch["audio_mask"])
-        found = model.simulated_text(heard.last, heard.mask, batch["audio_present"])
+        found = imagined(model, collate(clips(made, [EVERYTHING, {**EVERYTHING, "audio": False}])))
         assert found.mask[1].sum() == 1 and found.mask[1, 0]
         assert found.states[1].abs().sum() == 0
         assert (found.states[0].abs().sum() > 0) == (rollout != "none")
+
+
+def imagined(model: DoubleFlow, batch: Batch) -> TextStates:
+    """The simulated text that reaches the fusion network."""
+    seen: list[TextStates] = []
+    hook = model.fusion.register_forward_pre_hook(lambda _, args: seen.append(TextStates(*args[4:6])))
+    model(batch)
+    hook.remove()
+    return seen[0]
 
 
 def test_the_shortest_clip_still_has_a_position_of_imagined_text(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -186,21 +338,23 @@ def test_the_shortest_clip_still_has_a_position_of_imagined_text(tokenizer: PreT
         sample = clips(made, [EVERYTHING])[0]
         sample["audio"] = sample["audio"][:1]
         batch = collate([sample])
-        heard = model.audio(batch["audio"], batch["audio_mask"])
-        assert heard.mask.sum() == stack
-        assert model.simulated_text(heard.last, heard.mask, batch["audio_present"]).mask.sum() == 1
+        assert model.audio(batch["audio"], batch["audio_mask"]).mask.sum() == stack
+        assert imagined(model, batch).mask.sum() == 1
         assert model(batch).missing.prediction.isfinite().all()
         made = recipe(simulation={"rollout": "none"}, audio={"input": "features"})
         assert build(made, tokenizer)[0].audio.minimum_samples == 1
 
 
-def test_tokens_are_the_positions_the_language_model_reads(tokenizer: PreTrainedTokenizerBase) -> None:
-    made = recipe(audio={"input": "features"})
-    model, collate = build(made, tokenizer)
-    samples = clips(made, [EVERYTHING] * 3)
-    words = sum(len(tokenizer(sample["text"]).input_ids) for sample in samples)
-    heard = sum(max(len(sample["audio"]), 5) // 5 for sample in samples)
-    assert int(model(collate(samples)).tokens) == words + heard
+def test_tokens_are_the_positions_of_the_packed_pass(tokenizer: PreTrainedTokenizerBase) -> None:
+    for rollout in ("prefix", "generate"):
+        made = recipe(audio={"input": "features"}, simulation={"rollout": rollout})
+        model, collate = build(made, tokenizer)
+        samples = clips(made, [EVERYTHING] * 3)
+        words = sum(len(tokenizer(sample["text"]).input_ids) for sample in samples)
+        heard = sum(max(len(sample["audio"]), 5) // 5 for sample in samples)
+        flows = model(collate(samples))
+        said = 0 if flows.answers is None else int(flows.answers.mask.sum()) + 3 * (len(model.llm.prompt) - 1)
+        assert int(flows.tokens) == words + heard + said
 
 
 def test_all_weights_have_the_precision_of_the_recipe(tokenizer: PreTrainedTokenizerBase) -> None:
