@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dist_train.adapters import cast_projections
 from dist_train.batch import Collator
 from dist_train.llm import load_tokenizer
 from dist_train.model import DoubleFlow
@@ -63,11 +64,16 @@ def prepare_tokenizer(recipe: Recipe, directory: Path) -> None:
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> DoubleFlow:
-    """The model in the recipe's precision, initialised from its seed alike on every rank."""
+    """The model in the recipe's precision, initialised from its seed alike on every rank.
+
+    Pretrained parts are loaded in that precision, so only what is new is cast here.
+    """
     torch.manual_seed(recipe.seed)
     model = DoubleFlow(recipe, tokenizer)
     for parameter in model.parameters():  # buffers such as rotary frequencies stay fp32
-        parameter.data = parameter.data.to(torch.bfloat16 if recipe.precision == "bf16" else torch.float32)
+        if parameter.is_floating_point() and parameter.dtype != recipe.dtype:  # quantised weights are integers
+            parameter.data = parameter.data.to(recipe.dtype)
+    cast_projections(model, recipe.dtype)
     return model
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sharding.errors import UserError
 
@@ -24,20 +24,31 @@ def cannot_load(where: str, name: str, error: Exception) -> UserError:
     return UserError(where, f"cannot load {name!r} ({reason})", WHERE_TO_FIND)
 
 
-def load_model(kind: Any, where: str, name: str, **settings: Any) -> PreTrainedModel:
+def load_model(
+    kind: Any,
+    where: str,
+    name: str,
+    *,
+    dtype: torch.dtype,
+    quantization_config: BitsAndBytesConfig | None = None,
+    **settings: Any,
+) -> PreTrainedModel:
     """kind.from_pretrained, which fills weights the files lack with random numbers: here that is an error.
 
     Args:
         kind: a model class of transformers, or an Auto class.
         where: recipe key, for messages.
         name: local folder or hub id.
+        dtype: of the weights. They are cast, and quantised, one by one while they are read.
         settings: fields of the configuration to override.
 
     Raises:
         UserError: it cannot be loaded, or is another model.
     """
+    if quantization_config is not None:
+        settings["quantization_config"] = quantization_config
     try:
-        model, loaded = kind.from_pretrained(name, output_loading_info=True, **settings)
+        model, loaded = kind.from_pretrained(name, output_loading_info=True, dtype=dtype, **settings)
     except LOAD_ERRORS as error:
         raise cannot_load(where, name, error) from None
     absent = sorted(loaded["missing_keys"])

@@ -188,12 +188,14 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 over names, shapes and bytes of all frozen parameters: a checkpoint fits this base only."""
+    """SHA-256 over names, shapes and bytes of all frozen parameters, and of the scales of quantised ones: a checkpoint
+    fits this base only.
+    """
     total = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        if not parameter.requires_grad:
-            total.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-            total.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    for name, value in sorted({**frozen, **scales(module)}.items()):
+        total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        total.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -204,8 +206,17 @@ def trainables(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def buffers(module: nn.Module) -> dict[str, Tensor]:
     """Persistent buffers by name."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    return {name: value for name, value in module.state_dict().items() if name not in parameters}
+    registered = dict(module.named_buffers(remove_duplicate=False))
+    return {name: value for name, value in module.state_dict().items() if name in registered}
+
+
+def scales(module: nn.Module) -> dict[str, Tensor]:
+    """What layers of bitsandbytes store besides their integer weights, which are frozen like these."""
+    known = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+    return {name: value for name, value in module.state_dict().items() if name not in known}
 
 
 def point(link: Path, name: str) -> None:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
-)
 from torch import Tensor, nn
 
+from sharding import eight_bit
+from sharding.collectives import device
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's running mean and mean square of the gradient
+
+
+@dataclass(frozen=True)
+class Share:
+    """The elements of a parameter that this rank updates: held.flatten()[start : start + count], which are those from
+    `offset` on of the flattened parameter. `held` is the fp32 tensor Adam steps on.
+    """
+
+    held: Tensor
+    start: int
+    count: int
+    offset: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The share's part of a tensor shaped like `held`, as a view."""
+        return tensor.view(-1)[self.start : self.start + self.count]
 
 
 def adam(engine: Any) -> torch.optim.Optimizer:
@@ -27,29 +39,95 @@ def adam(engine: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def reset_moments(engine: Any) -> None:
-    """Back to step 0: DeepSpeed's bf16 stage 0 takes an empty step at start, which would make the first update 0.74
-    times as long.
-    """
-    for state in adam(engine).state.values():
-        for value in state.values():
-            if torch.is_tensor(value):
-                value.zero_()
+def share(engine: Any, parameter: Any) -> Share | None:
+    """What this rank updates of a trainable; None for nothing."""
+    if hasattr(parameter, "ds_id"):
+        sharder = parameter._z3_optimizer
+        group, start, size = sharder.grad_position[sharder.get_param_id(parameter)]
+        offset = size * dist.get_rank()
+        count = max(min(size, parameter.ds_numel - offset), 0)
+        return Share(sharder.fp32_partitioned_groups_flat[group], start, count, offset)
+    if not sharded(parameter):
+        return Share(stepped(engine, parameter), 0, parameter.numel(), 0)
+    if parameter._hp_mapping is None:
+        return None
+    here, whole = parameter._hp_mapping.hp_fragment_address, parameter._hp_mapping.lp_fragment_address
+    partition = engine.optimizer.single_partition_of_fp32_groups[parameter._hp_mapping.param_group_index]
+    return Share(partition, here.start, here.numel, whole.start)
+
+
+def whole(engine: Any, parameter: Any, value: Any) -> Tensor:
+    """Puts value(share) of all ranks together, in the parameter's shape, on every rank (collective)."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    flat = torch.zeros(shape.numel(), device=device())
+    own = share(engine, parameter)
+    if own is not None:
+        flat[own.offset : own.offset + own.count] = value(own).detach()
+    if sharded(parameter):
+        dist.all_reduce(flat)
+    return flat.view(shape)
+
+
+def own_part(engine: Any, parameter: nn.Parameter, value: Tensor) -> tuple[Share, Tensor] | None:
+    """This rank's share, and its elements of a whole value."""
+    own = share(engine, parameter)
+    return None if own is None else (own, value.flatten()[own.offset : own.offset + own.count])
+
+
+def master(engine: Any, parameter: nn.Parameter) -> Tensor:
+    """The whole fp32 master of a trainable, on every rank (collective)."""
+    return whole(engine, parameter, lambda own: own.of(own.held))
+
+
+def set_master(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
+    """Writes the whole fp32 master `value` into this rank's share."""
+    found = own_part(engine, parameter, value)
+    if found is not None:
+        own, part = found
+        own.of(own.held.data).copy_(part)
+
+
+def moment(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
+    """The whole optimizer moment of a trainable in fp32, on every rank (collective)."""
+    states = adam(engine).state
+
+    def value(own: Share) -> Tensor:
+        state = states[own.held]
+        return own.of(state[name]) if name in state else eight_bit.read(state, name, own.start, own.count)
+
+    return whole(engine, parameter, value)
+
+
+def set_moment(engine: Any, parameter: nn.Parameter, name: str, value: Tensor) -> None:
+    """Writes a whole optimizer moment into this rank's share. `set_adam_step` makes it hold."""
+    found = own_part(engine, parameter, value)
+    if found is not None:
+        own, part = found
+        state = adam(engine).state[own.held]
+        own.of(state[name] if name in state else eight_bit.unpacked(state, name)).copy_(part)
 
 
 def create_moments(engine: Any) -> None:
     """Creates Adam's state before the first step, so that a checkpoint can be written into it."""
-    optimizer = adam(engine)
+    optimizer: Any = adam(engine)
     # Stage 3 hands Adam its flat partitions only while it steps.
     partitions = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     for tensor in partitions or [tensor for group in optimizer.param_groups for tensor in group["params"]]:
         state = optimizer.state[tensor]
-        if not state:
+        if state:
+            continue
+        if hasattr(optimizer, "init_state"):
+            eight_bit.create(optimizer, tensor)
+        else:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state.update({name: torch.zeros_like(tensor) for name in MOMENTS})
-    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:
-        link()
+
+
+def reset_moments(engine: Any) -> None:
+    """Back to step 0: DeepSpeed's bf16 stage 0 takes an empty step at start, which would make the first update 0.74
+    times as long.
+    """
+    adam(engine).state.clear()
 
 
 def adam_step(engine: Any) -> int:
@@ -59,52 +137,10 @@ def adam_step(engine: Any) -> int:
 
 
 def set_adam_step(engine: Any, step: int) -> None:
-    """Sets Adam's update count (bias correction depends on it)."""
+    """Sets Adam's update count (bias correction depends on it), after all moments have been written."""
     for state in adam(engine).state.values():
-        state["step"] = torch.full_like(torch.as_tensor(state["step"]), step)
-
-
-def master(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """The whole fp32 master of a trainable, on every rank (collective)."""
-    return safe_get_full_fp32_param(parameter) if sharded(parameter) else stepped(engine, parameter).detach()
-
-
-def set_master(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
-    """Writes the whole fp32 master `value` into this rank's share."""
-    if hasattr(parameter, "ds_id"):
-        safe_set_local_fp32_param(parameter, own_partition(parameter, value))
-    elif sharded(parameter):
-        safe_set_full_fp32_param(parameter, value)
-    else:
-        stepped(engine, parameter).data.copy_(value)
-
-
-def moment(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
-    """The whole optimizer moment of a trainable, on every rank (collective)."""
-    if sharded(parameter):
-        return safe_get_full_optimizer_state(parameter, name)
-    return adam(engine).state[stepped(engine, parameter)][name]
-
-
-def set_moment(engine: Any, parameter: nn.Parameter, name: str, value: Tensor) -> None:
-    """Writes a whole optimizer moment into this rank's share."""
-    if hasattr(parameter, "ds_id"):
-        safe_set_local_optimizer_state(parameter, own_partition(parameter, value), name)
-    elif sharded(parameter):
-        safe_set_full_optimizer_state(parameter, value, name)
-    else:
-        adam(engine).state[stepped(engine, parameter)][name].copy_(value)
-
-
-def own_partition(parameter: Any, value: Tensor) -> Tensor:
-    """Stage 3: this rank's flat slice of a whole value, padded.
-
-    DeepSpeed's own setter of whole values fails on sizes that the ranks do not divide.
-    """
-    size = parameter.ds_tensor.ds_numel
-    flat = value.flatten()
-    padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - len(flat)))
-    return padded.narrow(0, size * dist.get_rank(), size)
+        eight_bit.pack(state)
+        state["step"] = step if isinstance(state["step"], int) else torch.full_like(state["step"], step)
 
 
 def stepped(engine: Any, parameter: nn.Parameter) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -23,6 +24,17 @@ class ZeroSettings(BaseModel):
     persistence_threshold: int = Field(
         100_000, ge=0, description="Stage 3: parameters of fewer elements stay whole on every rank."
     )
+    offload_optimizer: Literal["none", "cpu"] = Field(
+        "none", description="Stages 1 to 3: where fp32 masters and moments lie and are updated, if not on the GPU."
+    )
+    offload_parameters: Literal["none", "cpu"] = Field(
+        "none", description="Stage 3: where each rank's shard of the parameters lies while it is not used."
+    )
+    replicate_int8: bool = Field(
+        False,
+        description="Allow text.quantisation or audio.quantisation: int8 under stage 3, where every rank keeps a whole "
+        "copy of the int8 weights besides its shard.",
+    )
 
 
 def build_engine(
@@ -43,9 +55,19 @@ def build_engine(
     """
     import deepspeed  # noqa: PLC0415  takes 2 s; reading a recipe does not need it
 
-    from sharding.engine_state import reset_moments  # noqa: PLC0415
+    from sharding.engine_state import adam, reset_moments  # noqa: PLC0415
 
     world = torch.distributed.get_world_size()
+    zero: dict[str, Any] = {
+        "stage": settings.stage,
+        "reduce_bucket_size": settings.bucket_elements,
+        "stage3_param_persistence_threshold": settings.persistence_threshold,
+        "contiguous_gradients": True,
+    }
+    if settings.offload_optimizer != "none":
+        zero["offload_optimizer"] = {"device": settings.offload_optimizer, "pin_memory": torch.cuda.is_available()}
+    if settings.offload_parameters != "none":
+        zero["offload_param"] = {"device": settings.offload_parameters, "pin_memory": torch.cuda.is_available()}
     config = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -53,15 +75,18 @@ def build_engine(
         "gradient_clipping": clip_norm,
         "bf16": {"enabled": bf16},
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": settings.stage,
-            "reduce_bucket_size": settings.bucket_elements,
-            "stage3_param_persistence_threshold": settings.persistence_threshold,
-            "contiguous_gradients": True,
-        },
+        "zero_force_ds_cpu_optimizer": False,  # torch's updates on a CPU too, without a compiled op
+        "zero_optimization": zero,
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    # All that build_optimizer makes are tested here.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in str(record.msg))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # DeepSpeed may take an empty step, whose weight decay must not act
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    for group, rate in zip(adam(engine).param_groups, rates, strict=True):
+        group["lr"] = rate
     reset_moments(engine)
     return engine

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, WavLMConfig, WavLMModel
 
-from dist_train.build import fit_to_dataset, prepare_tokenizer
+from dist_train.build import build_model, fit_to_dataset, prepare_tokenizer
 from sharding.errors import UserError
 from sharding.shard_writer import pack_sample, write_dataset
 from sharding.shards import Dims
@@ -54,3 +55,42 @@ def test_the_tokenizer_of_a_run_is_learnt_or_the_named_one(shards: Path, tmp_pat
     assert named("really awful").input_ids == own("really awful").input_ids
     prepare_tokenizer(tiny.recipe(shards, text={"vocabulary": 310}), tmp_path / "named")  # what was there is replaced
     assert len(AutoTokenizer.from_pretrained(tmp_path / "named")) > 300
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a tiny fp32 WavLM and Llama, in several files."""
+    folder, made = tmp_path_factory.mktemp("pretrained"), tiny.recipe(Path("none"))
+    wide = {"hidden_size": 64, "intermediate_size": 64}
+    WavLMModel(WavLMConfig(**(made.audio.config or {}))).save_pretrained(folder / "audio")
+    llama = LlamaForCausalLM(LlamaConfig(**{**(made.text.config or {}), **wide}, vocab_size=320))
+    llama.save_pretrained(folder / "text", max_shard_size="100KB")
+    assert len(list((folder / "text").glob("*.safetensors"))) > 2
+    return {"audio": folder / "audio", "text": folder / "text"}
+
+
+@pytest.mark.parametrize("tuning", ["lora", "dora", "vera"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("quantisation", ["none", "nf4"])
+def test_a_model_is_built_in_the_precision_of_the_recipe(
+    tuning: str, precision: str, quantisation: str, pretrained: dict[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    recipe = tiny.recipe(
+        Path("none"),
+        precision=precision,
+        audio={"pretrained": str(pretrained["audio"]), "config": None, "tuning": tuning},
+        text={"pretrained": str(pretrained["text"]), "config": None, "tuning": tuning, "quantisation": quantisation},
+    )
+    model = build_model(recipe, tokenizer)
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    assert kinds == {recipe.dtype} | ({torch.uint8} if quantisation == "nf4" else set())
+    assert all(p.dtype == torch.float32 for name, p in model.named_buffers() if "inv_freq" in name)
+    projections = [p for name, p in model.named_buffers() if "vera_" in name]
+    assert bool(projections) == (tuning == "vera") and all(p.dtype == recipe.dtype for p in projections)
+    original = LlamaForCausalLM.from_pretrained(pretrained["text"], dtype=torch.float32)
+    embeddings: Any = model.llm.causal.get_input_embeddings()
+    expected: Any = original.get_input_embeddings()
+    assert torch.equal(embeddings.weight, expected.weight.to(recipe.dtype))
+    again = build_model(recipe, tokenizer)
+    for (name, one), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other), name

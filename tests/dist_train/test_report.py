@@ -64,6 +64,8 @@ def make_run(path: Path, rng: np.random.Generator, steps: int = 12, data: str = 
     test = {"complete": metrics(rng), "missing": metrics(rng), "gap": {}, "floor": {"mae": 1.1}}
     summary = {"best_step": 8, "selected_on": "valid", "selected_flow": "mean", "test": test, "valid": test}
     summary |= {"world_size": 2, "samples": 16 * steps, "seconds": 75.0, "seed": 1, "notes": [], "set_aside": 0}
+    phases = {"data": 0.1, "forward": 0.5, "rollout": 0.0, "backward": 0.9}
+    summary["speed"] = {"clips_per_second": 71.25, "padding_share": 0.31, "phase_seconds": phases}
     (path / "summary.json").write_text(json.dumps(summary))
     return summary
 
@@ -106,7 +108,16 @@ def test_complete_run_on_one_self_contained_page(tmp_path: Path, rng: np.random.
     assert "selected on the <strong>valid</strong> split" in text
     assert "Not drawn" not in text
     drawn = {path.stem for path in (tmp_path / "run" / "figures").iterdir()}
-    assert drawn == {"validation", "losses", "similarity", "scatter", "error_by_label", "schedule", "throughput"}
+    assert drawn == {
+        "validation",
+        "losses",
+        "similarity",
+        "scatter",
+        "error_by_label",
+        "schedule",
+        "throughput",
+        "phases",
+    }
     for path in (tmp_path / "run" / "figures").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
 

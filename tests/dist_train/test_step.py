@@ -15,7 +15,9 @@ from dist_train.costs import clip_costs
 from dist_train.global_loss import unpack
 from dist_train.losses import double_flow_loss
 from dist_train.recipe import Recipe
-from dist_train.step import Step, StepResult
+from dist_train.step import Stepper, StepResult
+from sharding.agreement import Agreement
+from sharding.census import Census
 from sharding.errors import UserError
 from sharding.order import EpochPlan
 from tests import tiny
@@ -25,6 +27,9 @@ from tests.ranks import run_ranks
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_corpus(tmp_path_factory.mktemp("corpus") / "shards")
+
+
+STEP = 7
 
 
 class PlainEngine:
@@ -73,16 +78,27 @@ class Bench:
             self.batches.append(collate(samples))
         self.engine = PlainEngine(self.model)
 
+    def stepper(self, *, exact: bool) -> Stepper:
+        return Stepper(
+            self.engine,
+            self.recipe.loss,
+            exact=exact,
+            keys=self.split.keys,
+            seed=self.recipe.seed,
+            agreement=Agreement(self.model, until=STEP + 1),
+            census=Census(self.model, steps=STEP + 10),
+        )
+
     def run(self, *, exact: bool = True) -> tuple[StepResult, dict[str, Tensor]]:
         self.model.zero_grad()
-        step = Step(self.engine, self.recipe.loss, exact=exact, keys=self.split.keys, seed=(self.recipe.seed, 7))
-        result = step.run(iter(self.batches).__next__, self.plan.rows(0), 22)
+        result = self.stepper(exact=exact).run(iter(self.batches).__next__, self.plan.rows(0), 22, step=STEP, epoch=0)
         return result, self.gradients()
 
     def one_graph(self) -> tuple[dict[str, float], dict[str, Tensor]]:
         """The reference: all micro-batches in one graph, the same dropout draws."""
         self.model.zero_grad()
-        step = Step(self.engine, self.recipe.loss, exact=True, keys=self.split.keys, seed=(self.recipe.seed, 7))
+        step = self.stepper(exact=True)
+        step.step = STEP
         self.model.train()
         packed = [step.forward(micro, batch) for micro, batch in enumerate(self.batches)]
         rows, _ = unpack(torch.cat([part.rows for part in packed]), packed[0].shapes)
