@@ -64,4 +64,7 @@ def tokens(recipe: Recipe, split: ShardedSplit, seconds: np.ndarray) -> np.ndarr
     if simulation.rollout != "prefix":
         answer = np.where(said > 0, said, seconds * FRAMES_PER_SECOND / simulation.stack_frames)
         asked += len(simulation.prompt) / CHARACTERS_PER_TOKEN + np.minimum(answer, simulation.max_new_tokens)
+    if recipe.loss.asr > 0:
+        spoken = seconds * FRAMES_PER_SECOND / simulation.stack_frames + said
+        asked += np.where(said > 0, spoken + len(simulation.prompt) / CHARACTERS_PER_TOKEN, 0)
     return real + asked

@@ -298,6 +298,20 @@ def throughput(seconds: np.ndarray, clips: np.ndarray, waiting: np.ndarray) -> F
     return figure
 
 
+def phases(seconds: dict[str, float]) -> Figure:
+    """Mean seconds of an optimizer step by phase, in the order given."""
+    figure = Figure(figsize=(WIDTH, 0.9 + 0.34 * len(seconds)))
+    axes = figure.add_subplot()
+    bars = axes.barh(list(seconds), list(seconds.values()), color=NEUTRAL, height=0.6)
+    whole = sum(seconds.values())
+    axes.bar_label(bars, [f"{100 * value / whole:.0f} %" for value in seconds.values()], padding=4)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set_xlabel("seconds per step")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+    return figure
+
+
 def memory(step: np.ndarray, peak: np.ndarray) -> Figure:
     """Peak memory of one rank over optimizer steps; [n] bytes, drawn in GiB."""
     figure = Figure(figsize=(WIDTH, 2.6))

@@ -5,20 +5,17 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 from transformers import LlamaForCausalLM, WavLMModel
 
+from dist_train.adapters import TuningSettings
 from dist_train.audio import SAMPLE_RATE, AudioSettings
 from dist_train.batch import DataSettings
 from dist_train.filterbank import fits_filterbank
@@ -28,7 +25,9 @@ from dist_train.llm import SimulationSettings, TextSettings
 from dist_train.losses import LossSettings
 from dist_train.optimizer import OptimizerSettings, ScheduleSettings
 from dist_train.pretrained import config_problems
+from dist_train.recipe_file import read_values, write_values
 from sharding.errors import UserError, UserErrors
+from sharding.rules import Case, domains, incompatible
 from sharding.zero import ZeroSettings
 
 SHOWN_CHARACTERS = 60  # of a wrong value in a message
@@ -48,6 +47,15 @@ class TrainingSettings(BaseModel):
         "exact",
         description="`exact`: the losses compare the clips of all micro-steps; every micro-step but one then runs "
         "forward twice. `approximate`: RMSE and RNC compare the clips of one micro-step over all ranks.",
+    )
+    check_agreement_steps: int = Field(
+        3, ge=0, description="First optimizer steps in which the ranks compare which modules they ran."
+    )
+    profile_step: int | None = Field(
+        None,
+        ge=1,
+        description="Optimizer step of which rank 0 writes a profiler trace, trace_step_N.json.gz (for Perfetto or "
+        "chrome://tracing). Default: none.",
     )
     validate_every: Annotated[int, Field(ge=1)] | Literal["epoch"] = Field(
         "epoch", description="Validate after each epoch, or every N steps."
@@ -92,6 +100,11 @@ class Recipe(BaseModel):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     zero: ZeroSettings = Field(default_factory=ZeroSettings)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and the arithmetic."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
     def conflicts(self) -> Iterable[UserError]:
         """Fields that are right by themselves and wrong together."""
         if self.audio.input == "waveform" and (self.audio.pretrained is None) == (self.audio.config is None):
@@ -126,12 +139,40 @@ class Recipe(BaseModel):
                 "freezes a language model with random weights, which can tell nothing of a transcript",
                 "Write text.tuning: full.",
             )
+        if not self.loss.compares_flows and self.loss.asr == 0:
+            yield UserError("loss", "gives every term the weight 0", "Write loss.mse_complete: 0.5, or loss.asr: 1.")
+        if self.loss.asr > 0 and self.text.input == "features":
+            yield UserError("loss.asr", "needs transcripts, and text.input is features", "Write loss.asr: 0.")
+        if self.loss.asr > 0 and self.simulation.rollout == "none":
+            yield UserError(
+                "loss.asr",
+                "has the language model hear the clip, and simulation.rollout is none",
+                "Write simulation.rollout: prefix, or loss.asr: 0.",
+            )
         if self.text.tuning != "frozen" and unused:
             yield UserError(
                 "text.tuning",
                 "trains a language model that nothing uses (text.input: features, simulation.rollout: none)",
                 "Write text.tuning: frozen.",
             )
+        yield from incompatible(self.cases())
+
+    def cases(self) -> dict[str, Case]:
+        """Each pretrained part and the settings around it, as the compatibility rules see them."""
+        parts: dict[str, TuningSettings] = {"text": self.text}
+        if self.audio.input == "waveform":
+            parts["audio"] = self.audio
+        kept = ("tuning", "quantisation", "activation_checkpointing")
+        around = {name: getattr(self.zero, name) for name in ZeroSettings.model_fields if name in domains()}
+        return {
+            name: Case(
+                **{key: getattr(part, key) for key in kept},
+                **around,
+                precision=self.precision,
+                optimizer=self.optimizer.name,
+            )
+            for name, part in parts.items()
+        }
 
 
 def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -141,60 +182,26 @@ def load_recipe(path: Path, overrides: Iterable[str] = ()) -> Recipe:
         UserErrors: every problem of the recipe and the overrides, each naming the key, what is wrong and what to write.
         UserError: the file cannot be read as YAML.
     """
-    values, errors = read(path), []
-    for text in overrides:
-        key, equals, _ = text.partition("=")
-        try:
-            if not equals or not all(key.split(".")):
-                raise ValueError("it is not key=value")
-            values = OmegaConf.merge(values, OmegaConf.from_dotlist([text]))
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, LookupError) as error:
-            remedy = "Write key=value, e.g. training.epochs=3; the value is YAML."
-            errors.append(UserError(text, f"cannot be applied ({one_line(error)})", remedy))
+    values, errors = read_values(path, overrides)
     try:
-        plain: Any = OmegaConf.to_container(values, resolve=True)
-        recipe = validate(plain)
-    except OmegaConfBaseException as error:
-        errors.append(UserError(str(path), one_line(error).rstrip("."), r"Write \${…} for a literal ${…}."))
+        recipe = None if values is None else validate(values)
     except UserErrors as found:
         errors += found.errors
-    if errors:
+    if errors or recipe is None:
         raise UserErrors(errors)
     return recipe
 
 
-def read(path: Path) -> Any:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: there is none.
-    """
-    example = "Give the path of a recipe such as recipes/quickstart.yaml."
-    try:
-        values = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(str(path), f"is not YAML ({one_line(error)})", "Correct the file at that place.") from None
-    except OSError as error:
-        raise UserError(str(path), f"cannot be read ({error.strerror or one_line(error)})", example) from None
-    if not OmegaConf.is_dict(values):
-        raise UserError(str(path), "is not a mapping of keys to values", example)
-    return values
-
-
-def one_line(error: Exception) -> str:
-    """The error's message without its line breaks."""
-    return " ".join(str(error).split())
-
-
 def validate(values: dict[str, Any]) -> Recipe:
     """A Recipe of plain values, or UserErrors with all problems."""
-    wrong: set[str] = set()
+    details, wrong = list(misplaced_booleans(values)), set()
     try:
-        recipe, errors = Recipe.model_validate(values), []
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        details = error.errors()
-        # An alternative of several reports once per alternative.
-        errors = list({str(found): found for found in map(explain, details)}.values())
+        details += error.errors()
+    # An alternative of several reports once per alternative.
+    errors = list({str(found): found for found in map(explain, details)}.values())
+    if details:
         # What is wrong falls back to its default, so that conflicts among the rest are found in the same pass.
         places = [detail["loc"] if detail["type"] in UNKNOWN else locate(detail["loc"])[0] for detail in details]
         wrong = {locate(detail["loc"])[0][0] for detail in details if detail["type"] not in UNKNOWN}
@@ -207,6 +214,21 @@ def validate(values: dict[str, Any]) -> Recipe:
     if errors:
         raise UserErrors(errors)
     return recipe
+
+
+def misplaced_booleans(value: Any, place: tuple[int | str, ...] = ()) -> Iterator[ErrorDetails]:
+    """true and false where the recipe wants a number: pydantic would read them as 1 and 0."""
+    inner: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in inner:
+        yield from misplaced_booleans(part, (*place, key))
+    if isinstance(value, bool) and {"integer", "number"} & kinds(locate(place)[1]):
+        yield {"type": "boolean", "loc": place, "input": value, "msg": ""}
+
+
+def kinds(schema: dict[str, Any]) -> set[str]:
+    """JSON types that a schema allows, those of a list's values among them."""
+    parts = [*schema.get("anyOf", []), *schema.get("prefixItems", []), schema.get("items", {})]
+    return {schema.get("type", "")}.union(*map(kinds, filter(None, parts)))
 
 
 def without(values: dict[str, Any], places: Iterable[Sequence[int | str]]) -> dict[str, Any]:
@@ -289,14 +311,4 @@ def expected(schema: dict[str, Any]) -> str:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Writes a recipe, all defaults spelled out; it runs again as it is."""
-    text = yaml.safe_dump(escaped(recipe.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def escaped(value: Any) -> Any:
-    """Nested values whose strings OmegaConf reads back literally: ${…} would be looked up."""
-    if isinstance(value, dict):
-        return {key: escaped(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [escaped(inner) for inner in value]
-    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+    write_values(recipe.model_dump(mode="json"), path)

@@ -103,6 +103,14 @@ def plan_plots(run: Run) -> Iterator[Plot]:
         else absent,
         partial(figures.throughput, *_pace(run, seconds)) if timed else None,
     )
+    parts = {name: number(value) for name, value in (_get(run.summary, "speed", "phase_seconds") or {}).items()}
+    if parts and sum(parts.values()) > 0:
+        yield Plot(
+            "phases",
+            "Where a step's time goes",
+            "Mean over the run on rank 0. Forward runs twice in all micro-steps but one; rollout decodes text.",
+            partial(figures.phases, parts),
+        )
     peak = np.nan_to_num(run.column("peak_bytes"))
     if (peak > 0).any():
         yield Plot(
@@ -211,6 +219,9 @@ def _context(run: Run) -> dict[str, Any]:
         "Clips trained on": _show(number(summary.get("samples")), ",.0f", ""),
         "Ranks": summary.get("world_size"),
         "Training time": _duration(number(summary.get("seconds"))),
+        "Clips per second": _show(number(_get(summary, "speed", "clips_per_second")), ",.1f", ""),
+        "LLM tokens per second": _show(number(_get(summary, "speed", "tokens_per_second")), ",.0f", ""),
+        "Audio padding": _show(number(_get(summary, "speed", "padding_share")), ".0%", ""),
         "Seed": summary.get("seed"),
         "Set aside": f"{summary['set_aside']} bad samples" if summary.get("set_aside") else "",
     }

@@ -5,31 +5,43 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from dist_train.build import build_collator, build_model, open_split
 from dist_train.costs import clip_costs
 from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, predict, score
+from dist_train.idle import idle_parts
 from dist_train.llm import load_tokenizer
 from dist_train.notes import shortcomings
 from dist_train.optimizer import build_optimizer
+from dist_train.parameter_table import parameter_rows, parameter_table, write_parameters
+from dist_train.phases import Phases, measured
 from dist_train.progress import Display
 from dist_train.recipe import Recipe
+from dist_train.rollout import RolloutCache
 from dist_train.run_directory import RunDirectory
-from dist_train.step import Step, StepResult
+from dist_train.speed import read_steps, speed
+from dist_train.step import Stepper, StepResult
 from sharding import checkpoint
+from sharding.agreement import Agreement
+from sharding.census import Census
 from sharding.collectives import any_rank, device, gather_objects, together
 from sharding.engine_state import adam
+from sharding.errors import UserError
 from sharding.order import EpochPlan
 from sharding.signals import StopFlag
 from sharding.stream import stream
 from sharding.zero import build_engine
+
+CENSUS_STEPS = 5  # optimizer steps within which every trainable must have had a gradient that is not zero
 
 
 @dataclass
@@ -67,6 +79,12 @@ class Trainer:
         tokenizer = load_tokenizer(str(run.tokenizer))
         model = build_model(recipe, tokenizer)
         self.collate = build_collator(recipe, tokenizer, model)
+        self.phases = Phases()
+        self.rollouts = (
+            RolloutCache(self.train_split.info.content_hash, recipe.simulation.refresh_epochs)
+            if recipe.simulation.rollout == "cached"
+            else None
+        )
         self.base = checkpoint.fingerprint(model)
         self.progress = Progress()
         last = find_checkpoint(run, "last") if resume else None
@@ -84,9 +102,26 @@ class Trainer:
             bf16=recipe.precision == "bf16",
         )
         if last is not None:
-            self.progress = Progress(**checkpoint.load(self.engine, last)["progress"])
+            state = checkpoint.load(self.engine, last)
+            self.progress = Progress(**state["progress"])
+            if self.rollouts is not None:
+                self.rollouts.restore(state["rollouts"])
             if self.rank == 0:
                 run.rewind(self.progress.step)
+
+        started = self.progress.step
+        self.stepper = Stepper(
+            self.engine,
+            recipe.loss,
+            exact=recipe.training.accumulated_loss == "exact",
+            keys=self.train_split.keys,
+            seed=recipe.seed,
+            agreement=Agreement(self.engine.module, started + recipe.training.check_agreement_steps),
+            census=Census(
+                self.engine.module, steps=started + CENSUS_STEPS, excused=idle_parts(recipe, self.train_split)
+            ),
+            rollouts=self.rollouts,
+        )
 
     def plan(self, epoch: int) -> EpochPlan:
         """Order and cut of an epoch."""
@@ -134,6 +169,8 @@ class Trainer:
     def steps(self, plan: EpochPlan, display: Display) -> Any:
         """Makes the optimizer steps of an epoch that are left, yielding after each."""
         progress = self.progress
+        if self.rollouts is not None:
+            self.rollouts.begin_epoch(progress.epoch)
         batches = stream(
             self.train_split,
             plan,
@@ -155,7 +192,9 @@ class Trainer:
                 return batch
 
             rate = self.learning_rate(progress.step, progress.epoch)
-            result = self.step(next_batch, plan, epoch_step, rate)
+            with measured(self.phases), self.profiled():
+                result = self.step(next_batch, plan, epoch_step, rate)
+            phases = self.phases.read()
             seconds = time.perf_counter() - started
             progress.step += 1
             progress.epoch_step += 1
@@ -168,12 +207,15 @@ class Trainer:
                         "step": progress.step,
                         "epoch": progress.epoch,
                         "samples": progress.samples,
-                        "loss": result.loss,
+                        "loss": result.loss if result.clips else None,  # none where all were set aside
                         **{f"loss/{name}": value for name, value in result.terms.items()},
                         "lr": rate,
                         "grad_norm": result.grad_norm,
                         "tokens": result.tokens,
                         "micro_steps": result.micro_steps,
+                        "clips": len(plan.batch(epoch_step)),
+                        "padding_share": result.padded_positions / max(result.audio_positions, 1),
+                        "phases": phases,
                         "step_seconds": seconds,
                         "data_seconds": waited,
                         "peak_bytes": peak_bytes(),
@@ -191,14 +233,20 @@ class Trainer:
         """One optimizer step."""
         for group in adam(self.engine).param_groups:
             group["lr"] = rate
-        step = Step(
-            self.engine,
-            self.recipe.loss,
-            exact=self.recipe.training.accumulated_loss == "exact",
-            keys=self.train_split.keys,
-            seed=(self.recipe.seed, self.progress.step),
-        )
-        return step.run(next_batch, plan.rows(epoch_step), len(plan.batch(epoch_step)))
+        progress = self.progress
+        rows, clips = plan.rows(epoch_step), len(plan.batch(epoch_step))
+        return self.stepper.run(next_batch, rows, clips, step=progress.step, epoch=progress.epoch)
+
+    @contextmanager
+    def profiled(self) -> Iterator[None]:
+        """Records a trace of the step that `training.profile_step` names, on rank 0."""
+        number = self.progress.step + 1
+        if self.rank != 0 or number != self.recipe.training.profile_step:
+            yield
+            return
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            yield
+        profiler.export_chrome_trace(str(self.run.path / f"trace_step_{number}.json.gz"))
 
     def validation_due(self, epoch_ended: bool) -> bool:
         """Whether to validate after the step just made; always after the last one."""
@@ -231,10 +279,25 @@ class Trainer:
         self.save(*(("last", "best") if better else ("last",)))
         display.validation(progress.epoch, scores, better)
 
+    def check_clips_left(self) -> None:
+        """Refuses to save what was trained on nothing.
+
+        Raises:
+            UserError: every training clip was set aside.
+        """
+        aside = self.progress.set_aside
+        if len(aside) == len(self.train_split):
+            raise UserError(
+                "split train",
+                f"has no clip that could be used: all {len(aside)} were set aside, first {aside[0]}",
+                "Raise the limit that is named, or mend the shards.",
+            )
+
     def save(self, *pointers: str) -> None:
         """Saves a checkpoint (collective)."""
         every = gather_objects(self.progress.set_aside)
         self.progress.set_aside = sorted({problem for part in every for problem in part})
+        together(self.check_clips_left)
         state = {
             "progress": asdict(self.progress),
             "seed": self.recipe.seed,
@@ -242,6 +305,7 @@ class Trainer:
             "zero_stage": self.recipe.zero.stage,
             "base": self.base,
             "content_hash": self.train_split.info.content_hash,
+            "rollouts": None if self.rollouts is None else self.rollouts.state(),
         }
         checkpoint.save(self.engine, self.run.checkpoints, self.progress.step, state, pointers)
 
@@ -259,6 +323,10 @@ def train(recipe: Recipe, run: RunDirectory, *, resume: bool) -> bool:
     """
     with StopFlag() as stop:
         trainer = Trainer(recipe, run, resume=resume)
+        if trainer.rank == 0:
+            rows = parameter_rows(trainer.engine.module)
+            write_parameters(rows, run.parameters)
+            Console().print(parameter_table(rows))
         with Display(trainer.total_steps, trainer.progress.step, quiet=trainer.rank != 0) as display:
             stopped = trainer.fit(display, stop)
         progress, world = trainer.progress, trainer.world
@@ -284,6 +352,7 @@ def train(recipe: Recipe, run: RunDirectory, *, resume: bool) -> bool:
             "seconds": round(progress.seconds, 1),
             "seed": recipe.seed,
             "set_aside": len(progress.set_aside),
+            "speed": speed(read_steps(run.metrics)),
             "notes": shortcomings(recipe, train_split, progress.set_aside, splits),
         }
         run.summary.write_text(json.dumps(summary, indent=1))

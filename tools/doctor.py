@@ -27,11 +27,13 @@ LIBRARIES = {  # distribution -> (module, what it is needed for); without one of
     "peft": ("peft", "LoRA"),
     "webdataset": ("webdataset", "shards"),
 }
-OPTIONAL = {"espeakng-loader": ("espeakng_loader", "the embedded corpus of the quickstart (extra: demo)")}
+OPTIONAL = {
+    "bitsandbytes": ("bitsandbytes", "adapters, 8- and 4-bit models, 8-bit AdamW"),
+    "espeakng-loader": ("espeakng_loader", "the embedded corpus of the quickstart (extra: demo)"),
+    "flash-attn": ("flash_attn", "the fastest attention on GPUs (extra: cuda); torch's own serves without it"),
+}
 UNUSED = {  # told because people look for them; this version has no use for them
-    "bitsandbytes": ("bitsandbytes", "8-bit language models are not part of this version"),
     "submitit": ("submitit", "submission to Slurm is not part of this version"),
-    "flash-attn": ("flash_attn", "no model of this version uses it"),
 }
 
 
@@ -275,7 +277,8 @@ def _print(checks: list[Check]) -> None:
 
 
 def _install(name: str) -> str:
-    return f"pip install '{machine.requirements(extras=True).get(name, name)}'"
+    how = "pip install --no-build-isolation" if name == "flash-attn" else "pip install"  # it compiles against torch
+    return f"{how} '{machine.requirements(extras=True).get(name, name)}'"
 
 
 def _ranged(check: Check) -> Check:

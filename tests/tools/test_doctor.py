@@ -182,7 +182,7 @@ def test_what_this_version_does_not_use_is_never_asked_for(
     no_slurm: None, monkeypatch: pytest.MonkeyPatch, version: str | None
 ) -> None:
     real = machine.package_version
-    unused = {"bitsandbytes", "submitit", "flash-attn"}
+    unused = {"submitit"}
     monkeypatch.setattr(machine, "package_version", lambda name, of=None: version if name in unused else real(name, of))
     checks = examine()
     for name in unused:

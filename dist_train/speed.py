@@ -1,0 +1,43 @@
+"""How fast a run was and where its time went, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+WARM_UP = 2  # steps not counted: compilation, first allocations
+
+
+def read_steps(metrics: Path) -> list[dict[str, Any]]:
+    """The step lines of metrics.jsonl."""
+    rows = (json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if row["kind"] == "step"]
+
+
+def speed(steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Totals over all steps but the first two (over all, if there are no more).
+
+    Returns:
+        clips_per_second, tokens_per_second (language model positions; all ranks), data_share (of the time, waiting for
+        data), rollout_share (decoding imagined text), phase_seconds (per step, of rank 0), padding_share (of rank 0's
+        audio positions), micro_steps (per step).
+    """
+    steps = steps[WARM_UP:] or steps
+    if not steps:
+        return {}
+    seconds = sum(row["step_seconds"] for row in steps)
+    phases: dict[str, float] = {}
+    for row in steps:
+        for name, value in row["phases"].items():
+            phases[name] = phases.get(name, 0.0) + value
+    count = len(steps)
+    return {
+        "clips_per_second": sum(row["clips"] for row in steps) / seconds,
+        "tokens_per_second": sum(row["tokens"] for row in steps) / seconds,
+        "data_share": sum(row["data_seconds"] for row in steps) / seconds,
+        "rollout_share": phases.get("rollout", 0.0) / seconds,
+        "phase_seconds": {name: value / count for name, value in phases.items()},
+        "padding_share": sum(row["padding_share"] for row in steps) / count,
+        "micro_steps": sum(row["micro_steps"] for row in steps) / count,
+    }
