@@ -172,7 +172,8 @@ def test_the_backward_pass_is_the_derivative_of_the_forward_pass(
 ) -> None:
     monkeypatch.setattr(wavlm, "ON_CPU", ChunkSize(3, 36))
     padding = torch.randn(3, 1, 7, dtype=torch.double)
-    assert torch.autograd.gradcheck(GatedBiasAttention.apply, (*rows(3, 7, 2), padding, dropout, 5))
+    inputs: Any = (*rows(3, 7, 2), padding, dropout, 5)
+    assert torch.autograd.gradcheck(GatedBiasAttention.apply, inputs)
 
 
 def test_dropout_drops_weights_at_its_rate_and_scales_the_rest() -> None:
@@ -340,6 +341,7 @@ def test_the_encoder_is_built_whole_and_learns_the_same_when_sharded_from_the_st
         assert min(run["moved"].values()) > 0
 
 
+@pytest.mark.slow
 def test_lora_in_the_attention_learns_alike_in_stages_2_and_3(tmp_path: Path) -> None:
     """Whole runs on two ranks; nothing is kept whole in stage 3."""
     data = tiny.write_corpus(tmp_path / "shards")
