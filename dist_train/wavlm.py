@@ -176,7 +176,8 @@ class Dropout:
 
     def draw(self, weights: Tensor) -> Tensor:
         """1 for a weight that is kept, 0 for one that is dropped (what is kept is yet to be divided by 1 - p)."""
-        return torch.rand(weights.shape, device=weights.device, generator=self.generator).lt_(self.keep)
+        drawn = torch.rand(weights.shape, device=weights.device, generator=self.generator)
+        return drawn.lt_(self.keep).to(weights.dtype)
 
 
 class Attention(WavLMAttention):
