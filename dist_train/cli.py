@@ -112,6 +112,37 @@ def recipe(
 
 
 @app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe, e.g. recipes/mosei/joint_7b_lora.yaml.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs per node.")] = 8,
+    gpu_memory: Annotated[str | None, typer.Option(help="Of a GPU, e.g. 80GiB. Default: the profile's.")] = None,
+    hardware: Annotated[str, typer.Option(help="h100, h200, a100, cpu, or a YAML profile.")] = "h100",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Foretell memory, traffic and time of a recipe before anything is allocated, and say which settings fit best."""
+    from rich.console import Console
+
+    from dist_train.plan_search import make_plan
+    from dist_train.plan_table import plan_table
+    from dist_train.recipe import load_recipe
+    from sharding.hardware import load_hardware, read_bytes
+
+    profile = load_hardware(hardware)
+    if gpu_memory is not None:
+        profile = profile.model_copy(update={"memory": read_bytes(gpu_memory, "--gpu-memory")})
+    made = make_plan(load_recipe(recipe, overrides or []), profile, nodes, gpus_per_node)
+    if output is not None:
+        made.write(output)
+    if as_json:
+        print(made.model_dump_json(indent=1))
+    else:
+        Console().print(plan_table(made))
+
+
+@app.command()
 def report(directory: RunArgument) -> None:
     """Write report.html, one self-contained page, and the figures of a run."""
     from dist_train.report import write_report

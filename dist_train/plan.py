@@ -1,0 +1,339 @@
+"""Foretells a run before anything is allocated: memory, exchange, arithmetic, time; and which settings fit.
+
+A micro-step of the recipe's own model is traced on tensors without data (sharding.plan_trace); what ZeRO makes of it,
+and how long it takes on stated hardware, is arithmetic (sharding.plan_zero, sharding.hardware).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from dist_train.plan_corpus import Load, corpus_of, load_of
+from dist_train.plan_model import Clip, build_hollow, hollow_batch, trace_step
+from dist_train.plan_pretrained import tokenizer_of, without_weights
+from dist_train.plan_quantised import scale_bytes
+from dist_train.recipe import Recipe
+from sharding.hardware import GIB, Hardware, ring_bytes, wire_seconds, work_seconds
+from sharding.plan_ledger import Optimizer, Replay, Schedule, Weight
+from sharding.plan_trace import Trace, Tracer
+from sharding.plan_zero import STAGES
+from sharding.zero import ZeroSettings
+
+FP32 = 4
+PROCESS = 2.0 * GIB  # host memory of a rank that has imported torch and DeepSpeed and holds a CUDA context
+WORKER = 0.5 * GIB  # of a data loading process
+UPDATE_TRAFFIC = 28  # bytes per element that Adam reads and writes: weight, gradient, two moments, the copy in bf16
+
+
+class Prediction(BaseModel):
+    """One rank in one optimizer step, unless said otherwise. Bytes, seconds, FLOPs (2 per multiply-add)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    world: int = Field(description="Ranks.")
+    zero_stage: int
+    micro_steps: int
+    clips: int = Field(description="Clips of the largest micro-batch.")
+    peak_bytes: int = Field(description="Most that torch's tensors take on the device.")
+    peak_parts: dict[str, int] = Field(description="What they are then.")
+    peak_moment: str = Field(description="When: at rest, forward and backward, update.")
+    device_bytes: int = Field(description="The peak with gaps, CUDA and NCCL.")
+    host_bytes: int = Field(description="Offloaded state of a rank.")
+    loading_bytes: int = Field(description="Host memory of a node while its ranks load the model.")
+    wire_bytes: dict[str, int] = Field(description="Whole tensors given to each collective.")
+    link_bytes: dict[str, float] = Field(description="Sent by a GPU inside its node (inside), by a node (between).")
+    flops: dict[str, float] = Field(description="By phase: decode, forward (replays included), backward.")
+    flops_of_parts: dict[str, float] = Field(description="By part of the model.")
+    seconds: dict[str, float] = Field(description="Of a typical step: decode, compute, exchange, update, step.")
+    epoch_seconds: float | None = Field(description="Of an epoch of training.")
+    clips_per_second: float | None = Field(description="Of all ranks.")
+    checkpoint_bytes: int = Field(description="Of one checkpoint.")
+    parameters: dict[str, dict[str, int]] = Field(description="Per part of the model: all, and trained.")
+
+
+class Planner:
+    """Foretells steps of one recipe on one kind of machine.
+
+    Args:
+        recipe: resolved (feature widths filled in); `pretrained` parts need only a configuration.
+        tokenizer: of the run; None, to go without.
+        hardware: profile.
+        nodes, per_node: ranks.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, hardware: Hardware, nodes: int, per_node: int) -> None:
+        self.given, self.hardware = recipe, hardware
+        self.nodes, self.per_node, self.world = nodes, per_node, nodes * per_node
+        tokenizer = tokenizer_of(recipe) if tokenizer is None else tokenizer
+        self.recipe, self.notes = without_weights(recipe)
+        self.model = build_hollow(self.recipe, tokenizer)
+        self.scales = scale_bytes(self.model)
+        self.weights = [Weight(p.numel(), p.element_size(), p.requires_grad) for p in self.model.parameters()]
+        self.traces: dict[Any, tuple[Trace, int, int]] = {}
+
+    @property
+    def decoding(self) -> float:
+        """Share of the steps that decode: kept answers are refreshed now and then."""
+        simulation = self.recipe.simulation
+        return 1 / simulation.refresh_epochs if simulation.rollout == "cached" else 1.0
+
+    def on(self, nodes: int) -> Planner:
+        """The same on more nodes."""
+        other = copy.copy(self)
+        other.nodes, other.world, other.traces = nodes, nodes * self.per_node, {}
+        return other
+
+    def trace(self, clips: Sequence[Clip], rows: int, *, zero3: bool) -> tuple[Trace, int, int]:
+        """The micro-step of these clips, bytes of its batch, and bytes of the row that a clip exchanges."""
+        key = (tuple(clips), rows, zero3)
+        if key not in self.traces:
+            tracer = Tracer(cuda=self.hardware.kind == "cuda", zero3=zero3)
+            batch = hollow_batch(self.recipe, self.model, clips, tracer)
+            trace = trace_step(self.recipe, self.model, batch, tracer, rows=rows)
+            held = [value for name, value in batch.items() if isinstance(value, Tensor) and "answer" not in name]
+            self.traces[key] = trace, sum(x.numel() * x.element_size() for x in held), tracer.row_bytes
+        return self.traces[key]
+
+    def predict(
+        self,
+        micro_batches: Sequence[Sequence[Clip]],
+        *,
+        zero: ZeroSettings | None = None,
+        typical: Sequence[Sequence[Clip]] | None = None,
+        load: Load | None = None,
+        rank: int | None = None,
+    ) -> Prediction:
+        """Foretells a step.
+
+        Args:
+            micro_batches: clips of a rank's micro-batches in the order of the data; they decide memory and exchange.
+            zero: settings other than the recipe's.
+            typical: micro-batches that decide time; default: the same.
+            load: of an epoch, for its duration.
+            rank: whose memory; default: the last, which holds most.
+        """
+        recipe, zero = self.recipe, zero or self.recipe.zero
+        steps = len(micro_batches)
+        exact = recipe.training.accumulated_loss == "exact"
+        rows = self.world * max(map(len, micro_batches)) * (steps if exact else 1)
+        zero3 = zero.stage == 3
+        # Exact accumulation runs the last micro-batch first, approximate accumulation takes them as they come.
+        ordered = list(reversed(micro_batches)) if exact else list(micro_batches)
+        traced = [self.trace(clips, rows, zero3=zero3) for clips in ordered]
+        schedule = Schedule(
+            micro_steps=steps,
+            replays=exact and steps > 1,
+            varies=recipe.simulation.decodes,
+            inputs=sum(held for _, held, _ in traced) if exact else max(held for _, held, _ in traced),
+            scales=self.scales,
+            exchanged=self.world * sum(len(clips) * row for clips, (_, _, row) in zip(ordered, traced, strict=True)),
+            decoding=self.decoding,
+        )
+        rank = self.world - 1 if rank is None else rank
+        stage = STAGES[zero.stage](self.weights, zero, self.world, rank, optimizer_of(recipe, self.hardware))
+        replay = stage.run([trace for trace, _, _ in traced], schedule)
+        timed = traced if typical is None else [self.trace(clips, rows, zero3=zero3) for clips in reversed(typical)]
+        seconds = self.seconds([trace for trace, _, _ in timed], replay, zero, exact=exact)
+        return self.summary(replay, zero, micro_batches, [trace for trace, _, _ in timed], seconds, load, exact=exact)
+
+    def seconds(self, traces: Sequence[Trace], replay: Replay, zero: ZeroSettings, *, exact: bool) -> dict[str, float]:
+        """Where the time of a step goes."""
+        hardware = self.hardware
+        phases = {"decode": 0.0, "forward": 0.0, "backward": 0.0}
+        for number, trace in enumerate(traces):
+            for phase in phases:
+                times = 2 if phase == "forward" and exact and number > 0 else 1
+                phases[phase] += times * work_seconds((one for one in trace.work if one.phase == phase), hardware)
+        phases["decode"] *= self.decoding
+        compute = phases["forward"] + phases["backward"]
+        exchange = wire_seconds(replay.wire.bytes, replay.wire.calls, hardware, self.nodes, self.per_node)
+        trained = sum(weight.elements for weight in self.weights if weight.trained)
+        own = trained / (self.world if zero.stage else 1)
+        update = own * UPDATE_TRAFFIC / (hardware.bandwidth * hardware.bandwidth_efficiency)
+        if zero.offload_optimizer != "none":
+            size = next(weight.size for weight in self.weights if weight.trained)
+            update = own * (UPDATE_TRAFFIC / hardware.host_bandwidth + 2 * size / hardware.host_link)
+        # ZeRO-3 gathers the next weights while the present ones are used; the other stages exchange bucket by bucket.
+        busy = max(compute + phases["decode"], exchange) if zero.stage == 3 else compute + phases["decode"] + exchange
+        return {
+            "decode": phases["decode"],
+            "compute": compute,
+            "exchange": exchange,
+            "update": update,
+            "step": busy + update,
+        }
+
+    def summary(
+        self,
+        replay: Replay,
+        zero: ZeroSettings,
+        micro_batches: Sequence[Sequence[Clip]],
+        traces: Sequence[Trace],
+        seconds: dict[str, float],
+        load: Load | None,
+        *,
+        exact: bool,
+    ) -> Prediction:
+        """All of it in one record."""
+        memory, hardware = replay.memory, self.hardware
+        rings = ring_bytes(replay.wire.bytes, self.nodes, self.per_node).values()
+        flops: dict[str, float] = {}
+        parts: dict[str, float] = {}
+        for number, trace in enumerate(traces):
+            for one in trace.work:
+                times = one.times * (2 if one.phase == "forward" and exact and number > 0 else 1)
+                done = one.flops * times * (self.decoding if one.phase == "decode" else 1)
+                flops[one.phase] = flops.get(one.phase, 0.0) + done
+                parts[one.part] = parts.get(one.part, 0.0) + done
+        trained = sum(weight.elements for weight in self.weights if weight.trained)
+        epoch = None if load is None else seconds["step"] * load.steps
+        parameters: dict[str, dict[str, int]] = {}
+        for (name, _), weight in zip(self.model.named_parameters(), self.weights, strict=True):
+            part = parameters.setdefault(name.split(".")[0], {"all": 0, "trained": 0})
+            part["all"] += weight.elements
+            part["trained"] += weight.elements * weight.trained
+        return Prediction(
+            world=self.world,
+            zero_stage=zero.stage,
+            micro_steps=len(micro_batches),
+            clips=max(map(len, micro_batches)),
+            peak_bytes=memory.peak,
+            peak_parts={name: size for name, size in memory.at_peak.items() if size > 0},
+            peak_moment=memory.moment,
+            device_bytes=round(memory.peak * (1 + hardware.fragmentation) + hardware.reserved),
+            host_bytes=replay.host.peak,
+            loading_bytes=self.loading_bytes(),
+            wire_bytes=dict(replay.wire.bytes),
+            link_bytes={
+                "inside": sum(ring.inside for ring in rings),
+                "between": sum(ring.between for ring in rings),
+            },
+            flops=flops,
+            flops_of_parts=parts,
+            seconds=seconds,
+            epoch_seconds=epoch,
+            clips_per_second=None if load is None or epoch is None else load.clips / epoch,
+            checkpoint_bytes=trained * 3 * FP32,
+            parameters=parameters,
+        )
+
+    def loading_bytes(self) -> int:
+        """Host memory of a node while its ranks load: each holds the whole model, random parts in fp32 before they are
+        cast, and the largest weight a second time.
+        """
+        pretrained = {"audio": self.given.audio.pretrained, "llm": self.given.text.pretrained}
+        total, largest = 0.0, 0
+        for name, parameter in self.model.named_parameters():
+            read = pretrained.get(name.split(".")[0]) is not None
+            total += parameter.numel() * (parameter.element_size() if read else max(FP32, parameter.element_size()))
+            largest = max(largest, parameter.numel() * FP32)
+        return round(self.per_node * (total + largest + PROCESS + self.recipe.data.workers * WORKER))
+
+
+def optimizer_of(recipe: Recipe, hardware: Hardware) -> Optimizer:
+    """What the recipe's optimizer holds (torch/optim/adam.py; bitsandbytes' blocks of 256 codes with one scale)."""
+    if recipe.optimizer.name == "adamw_8bit":
+        return Optimizer(state=2 * (1 + FP32 / 256), scratch=0, at_once=False)
+    if hardware.kind == "cuda":  # several tensors at once: a root of the second moment
+        return Optimizer(state=2 * FP32, scratch=FP32, at_once=True)
+    coupled = recipe.optimizer.name == "adam" and recipe.optimizer.weight_decay > 0  # the gradient with decay
+    return Optimizer(state=2 * FP32, scratch=(3 if coupled else 2) * FP32, at_once=False)
+
+
+class Candidate(BaseModel):
+    """Other settings of the same recipe."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    zero_stage: int
+    micro_steps: int
+    clips: int = Field(description="Clips of the largest micro-batch.")
+    device_bytes: int
+    step_seconds: float
+    fits: bool
+    verdict: str = Field(description="Why it is, or is not, the best.")
+
+
+class Scale(BaseModel):
+    """The same global batch on more ranks."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    world: int
+    clips: float = Field(description="Clips per rank and optimizer step.")
+    step_seconds: float
+    efficiency: float = Field(description="Of perfect scaling from the first entry.")
+
+
+class Plan(BaseModel):
+    """What `dist-train plan` tells, and what stands in plan.json of a run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    hardware: Hardware
+    nodes: int
+    per_node: int
+    corpus: str = Field(description="Whose lengths were taken.")
+    predicted: Prediction = Field(description="The recipe as it is.")
+    candidates: list[Candidate] = Field(default_factory=list)
+    best: int | None = Field(None, description="Index of the best candidate; none fits: null.")
+    scaling: list[Scale] = Field(default_factory=list)
+    notes: list[str] = Field(default_factory=list)
+    measured: dict[str, Any] | None = Field(None, description="peak_bytes, wire_bytes, step_seconds of the run.")
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        path.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+
+
+def plan_run(recipe: Recipe, hardware: Hardware, nodes: int, per_node: int, tokenizer: Any = None) -> Plan:
+    """The plan of the recipe as it is, without alternatives: what a run writes when it starts.
+
+    Raises:
+        UserError: the recipe's models or data do not allow one.
+    """
+    recipe, corpus = corpus_of(recipe)
+    planner = Planner(recipe, tokenizer, hardware, nodes, per_node)
+    return Plan(
+        hardware=hardware,
+        nodes=nodes,
+        per_node=per_node,
+        corpus=corpus.source,
+        predicted=predict_epoch(planner, load_of(recipe, corpus, planner.world)),
+        notes=planner.notes,
+    )
+
+
+def predict_epoch(planner: Planner, load: Load, zero: ZeroSettings | None = None) -> Prediction:
+    """Memory of the micro-batch that takes most, and time of a typical step."""
+    worst = [load.worst] * len(load.typical)
+    return planner.predict(worst, zero=zero, typical=load.typical, load=load)
+
+
+def record(path: Path, *, peak_bytes: int, wire_bytes: dict[str, int] | None, step_seconds: float) -> None:
+    """Puts what was measured beside what was predicted in plan.json.
+
+    Args:
+        peak_bytes: most that tensors took on any rank.
+        wire_bytes: of a step, if counted.
+        step_seconds: of a usual step.
+    """
+    plan = Plan.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    measured = {"peak_bytes": peak_bytes, "wire_bytes": wire_bytes, "step_seconds": step_seconds}
+    plan.model_copy(update={"measured": measured}).write(path)
+
+
+def here() -> str:
+    """Name of the profile that is nearest to this machine."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    name = torch.cuda.get_device_name().lower()
+    return next((profile for profile in ("h200", "h100", "a100") if profile in name), "h100")

@@ -1,0 +1,165 @@
+"""The lengths of the training clips, and the micro-batches they make: of the recipe's dataset, or of CMU-MOSEI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dist_train.audio import SAMPLE_RATE
+from dist_train.build import fit_to_dataset, open_split
+from dist_train.costs import audio_seconds, clip_costs, tokens
+from dist_train.plan_model import Clip
+from dist_train.recipe import Recipe, Widths
+from sharding.order import EpochPlan
+from sharding.shards import Columns
+
+# CMU-MOSEI: number of training clips; log-normal lengths in seconds, clipped; English; one face vector per word.
+MOSEI_CLIPS, MOSEI_MEAN, MOSEI_SIGMA, MOSEI_BOUNDS = 16_326, 7.3, 0.6, (1.0, 60.0)
+CHARACTERS_PER_SECOND, FACES_PER_SECOND = 15.0, 2.7
+MOSEI_WIDTHS = {"audio": 1024, "text": 4096, "vision": 1024}
+CHARACTERS_PER_TOKEN = 4.0  # English, Llama's tokenizer
+LOOKED_AT = 500  # steps of an epoch
+SMALL_VOCABULARY, CHARACTERS_PER_SMALL_TOKEN = 8192, 2.5
+
+
+@dataclass
+class Corpus:
+    """The training split as far as the planner needs it.
+
+    Args:
+        columns: lengths of the clips, as the shards' index has them.
+        source: for the report.
+    """
+
+    columns: Columns
+    source: str
+
+    @property
+    def keys(self) -> list[str]:
+        """Names of the clips."""
+        return self.columns.key
+
+
+class Load(NamedTuple):
+    """How the clips of an epoch fall on the ranks.
+
+    Args:
+        worst: the micro-batch that takes most.
+        typical: of the step in the middle, the micro-batch of the slowest rank, for each micro-step.
+        micro_steps: per optimizer step, on average.
+        steps: optimizer steps per epoch.
+        clips: per epoch.
+        seconds, tokens: padded seconds and packed tokens of the worst micro-batch, as `data.budget` counts them.
+    """
+
+    worst: list[Clip]
+    typical: list[list[Clip]]
+    micro_steps: float
+    steps: int
+    clips: int
+    seconds: float
+    tokens: float
+
+
+def corpus_of(recipe: Recipe) -> tuple[Recipe, Corpus]:
+    """The recipe with its dataset's widths, and its training clips; without the dataset, those of CMU-MOSEI.
+
+    Raises:
+        UserError: the dataset is there and does not fit the recipe.
+    """
+    if (Path(recipe.data.path) / "dataset.json").is_file():
+        split = open_split(recipe, "train")
+        return fit_to_dataset(recipe), Corpus(split.columns, recipe.data.path)
+    recipe = recipe.model_copy(update={"widths": Widths(**MOSEI_WIDTHS)})
+    source = (
+        f"CMU-MOSEI as published ({recipe.data.path} is not there): {MOSEI_CLIPS} clips, log-normal lengths of "
+        f"{MOSEI_MEAN} s on average"
+    )
+    return recipe, Corpus(mosei(recipe), source)
+
+
+def mosei(recipe: Recipe) -> Columns:
+    """Lengths spread like those of CMU-MOSEI, in no order."""
+    normal = NormalDist(np.log(MOSEI_MEAN) - MOSEI_SIGMA**2 / 2, MOSEI_SIGMA)
+    ranks = (np.random.default_rng(0).permutation(MOSEI_CLIPS) + 0.5) / MOSEI_CLIPS
+    seconds = np.clip(np.exp([normal.inv_cdf(rank) for rank in ranks]), *MOSEI_BOUNDS)
+    seconds = np.minimum(seconds, recipe.audio.max_seconds)
+    characters = np.round(seconds * CHARACTERS_PER_SECOND).astype(int)
+    return Columns.model_construct(
+        key=[f"clip{index:05d}" for index in range(MOSEI_CLIPS)],
+        audio_seconds=seconds.tolist(),
+        audio_frames=np.round(seconds * 50).astype(int).tolist(),
+        text_characters=characters.tolist(),
+        text_frames=np.round(characters / CHARACTERS_PER_TOKEN).astype(int).tolist(),
+        vision_frames=np.ceil(seconds * FACES_PER_SECOND).astype(int).tolist(),
+    )
+
+
+def clip_of(recipe: Recipe, columns: Columns, index: int) -> Clip:
+    """Lengths of one clip as the model sees them."""
+    if recipe.audio.input == "waveform":
+        audio = round((columns.audio_seconds[index] or 0) * SAMPLE_RATE)
+    else:
+        audio = columns.audio_frames[index] or 0
+    per_token = CHARACTERS_PER_TOKEN
+    if recipe.text.pretrained is None and recipe.text.tokenizer is None and recipe.text.vocabulary <= SMALL_VOCABULARY:
+        per_token = CHARACTERS_PER_SMALL_TOKEN
+    said = round((columns.text_characters[index] or 0) / per_token)
+    if recipe.text.input == "features":
+        text = columns.text_frames[index] or 0
+    else:
+        text = min(said + 1, recipe.text.max_tokens) if said else 0
+    return Clip(audio, text, columns.vision_frames[index] or 0, min(said + 1, recipe.simulation.max_new_tokens))
+
+
+def load_of(recipe: Recipe, corpus: Corpus, world: int) -> Load:
+    """Lays one epoch over the ranks as training does, and picks the micro-batches that count."""
+    split: Any = corpus  # of a split, the costs need the index only
+    seconds = audio_seconds(recipe, split)
+    words = tokens(recipe, split, seconds)
+    plan = EpochPlan(
+        len(corpus.keys),
+        recipe.data.batch,
+        recipe.training.accumulation,
+        world,
+        recipe.seed,
+        epoch=0,
+        costs=clip_costs(recipe, split),
+    )
+    slots: dict[tuple[int, int, int], np.ndarray] = {}
+    looked_at = min(plan.steps, LOOKED_AT)
+    for step in range(looked_at):
+        for micro in range(plan.micro_steps(step)):
+            for rank in range(world):
+                rows = plan.micro_batch(step, micro, rank)
+                slots[step, micro, rank] = np.array([index for index, _ in rows])
+    padded = {place: len(rows) * seconds[rows].max() for place, rows in slots.items()}
+    packed = {place: words[rows].sum() for place, rows in slots.items()}
+    most_padded, most_packed = max(padded.values()), max(packed.values())
+    weight = {place: padded[place] / most_padded + packed[place] / most_packed for place in slots}
+
+    slowest: dict[tuple[int, int], tuple[float, int]] = {}
+    for (step, micro, rank), value in weight.items():
+        slowest[step, micro] = max(slowest.get((step, micro), (0.0, 0)), (value, rank))
+    totals = np.zeros(looked_at)
+    for (step, _), (value, _) in slowest.items():
+        totals[step] += value
+    middle = int(np.argsort(totals)[looked_at // 2])
+
+    def clips(place: tuple[int, int, int]) -> list[Clip]:
+        return [clip_of(recipe, corpus.columns, int(index)) for index in slots[place]]
+
+    worst = max(weight, key=weight.__getitem__)
+    return Load(
+        clips(worst),
+        [clips((middle, micro, slowest[middle, micro][1])) for micro in range(plan.micro_steps(middle))],
+        sum(plan.micro_steps(step) for step in range(looked_at)) / looked_at,
+        plan.steps,
+        len(corpus.keys),
+        float(padded[worst]),
+        float(packed[worst]),
+    )
