@@ -70,7 +70,8 @@ def part_of(name: str) -> str:
 
 def dtype_of(module: nn.Module, parameter: Tensor) -> str:
     """Its type, by its own name where it is quantised."""
-    quantised = BITS.get(type(module).__name__) if parameter is getattr(module, "weight", None) else None
+    # Not module.weight: a weight norm would compute it, and under ZeRO-3 gather it from the other ranks.
+    quantised = BITS.get(type(module).__name__) if parameter is module._parameters.get("weight") else None
     return quantised or str(parameter.dtype).removeprefix("torch.")
 
 

@@ -161,8 +161,12 @@ class Planner:
         if zero.offload_optimizer != "none":
             size = next(weight.size for weight in self.weights if weight.trained)
             update = own * (UPDATE_TRAFFIC / hardware.host_bandwidth + 2 * size / hardware.host_link)
-        # ZeRO-3 gathers the next weights while the present ones are used; the other stages exchange bucket by bucket.
-        busy = max(compute + phases["decode"], exchange) if zero.stage == 3 else compute + phases["decode"] + exchange
+        busy = compute + phases["decode"]
+        if zero.stage == 3:  # gathers the next weights while the present ones are used; its hooks run on the host
+            hooks = sum(trace.visits(self.decoding) for trace in traces) * hardware.zero3_seconds
+            busy = max(busy, exchange, hooks)
+        else:
+            busy += exchange
         return {
             "decode": phases["decode"],
             "compute": compute,

@@ -41,6 +41,9 @@ class Hardware(BaseModel):
     matrix_efficiency: float = Field(0.75, gt=0, le=1, description="Share of the peak that large products reach.")
     bandwidth_efficiency: float = Field(0.8, gt=0, le=1, description="Share of the bandwidth that is reached.")
     launch_seconds: float = Field(6e-6, ge=0, description="Least seconds of an operation in eager mode.")
+    zero3_seconds: float = Field(
+        1e-4, ge=0, description="Least seconds of a module under ZeRO-3: DeepSpeed's hooks, which run on the host."
+    )
     link: float = Field(gt=0, description="Bytes/s an accelerator sends to the others of its node, one direction.")
     network: float = Field(gt=0, description="Bytes/s a node sends to other nodes, one direction.")
     link_efficiency: float = Field(0.8, gt=0, le=1, description="Share of link and network that is reached.")

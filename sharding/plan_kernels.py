@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from sharding.ops import choose_accelerator
+
 aten = torch.ops.aten
 FULL = 4  # bytes per element of fp32
 ALIGNED = 8  # elements to which CUDA's memory-efficient attention wants rows of its mask aligned
@@ -108,6 +110,7 @@ def replaced(*, cuda: bool, zero3: bool) -> Iterator[None]:
     if cuda:
         setattr(F, names[1], dropout)
     if zero3:
+        choose_accelerator()
         from deepspeed.runtime.zero.linear import zero3_linear_wrap  # noqa: PLC0415  takes 2 s
 
         setattr(F, names[2], zero3_linear_wrap)

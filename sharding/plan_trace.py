@@ -75,6 +75,19 @@ class Trace:
             if all(getattr(work, key) == value for key, value in where.items())
         )
 
+    def visits(self, decoding: float) -> float:
+        """How often a module is begun, forward or backward; decoding counts so many times."""
+        count, times = 0.0, 1.0
+        phase = "forward"
+        for event in self.events:
+            if event.kind == "phase":
+                phase, times = event.part, 1.0
+            elif event.kind == "repeat":
+                times = float(event.size)
+            elif event.kind == "enter":
+                count += times * (decoding if phase == "decode" else 1.0)
+        return count
+
     def peak(self) -> int:
         """Most bytes held beside parameters, gradients and inputs."""
         held = most = 0
