@@ -246,7 +246,6 @@ def test_on_a_cpu_there_is_no_such_kernel() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @GROUPED
 def test_the_kernels_of_a_gpu_agree_with_float64(key_heads: int) -> None:
     lengths = [7, 1, 0, 130, 64]
