@@ -7,6 +7,7 @@ import numpy as np
 from dist_train.recipe import Recipe
 from sharding.budget import Cost, oversized
 from sharding.errors import UserError
+from sharding.shards import Columns
 from sharding.stream import ShardedSplit
 
 CHARACTERS_PER_TOKEN = 3  # fewer than English has (about 4.5): an estimate on the safe side
@@ -20,11 +21,11 @@ def clip_costs(recipe: Recipe, split: ShardedSplit) -> tuple[Cost, ...]:
         UserError: a clip exceeds a limit by itself.
     """
     budget = recipe.data.budget
-    seconds = audio_seconds(recipe, split)
+    seconds = audio_seconds(recipe, split.columns)
     values = {
         "audio_seconds": (seconds, True),
         "squared_seconds": (seconds**2, True),
-        "tokens": (tokens(recipe, split, seconds), False),
+        "tokens": (tokens(recipe, split.columns, seconds), False),
     }
     costs = tuple(
         Cost(name, values[name][0], limit, padded=values[name][1])
@@ -42,20 +43,20 @@ def clip_costs(recipe: Recipe, split: ShardedSplit) -> tuple[Cost, ...]:
     return costs
 
 
-def audio_seconds(recipe: Recipe, split: ShardedSplit) -> np.ndarray:
+def audio_seconds(recipe: Recipe, columns: Columns) -> np.ndarray:
     """[n] seconds WavLM hears; what is absent or will be set aside counts as a frame."""
-    heard = np.array([seconds or 0.0 for seconds in split.columns.audio_seconds])
+    heard = np.array([seconds or 0.0 for seconds in columns.audio_seconds])
     if recipe.audio.input == "features":
-        heard = np.array([(frames or 0) / FRAMES_PER_SECOND for frames in split.columns.audio_frames])
+        heard = np.array([(frames or 0) / FRAMES_PER_SECOND for frames in columns.audio_frames])
     elif recipe.data.on_bad_sample == "set_aside":
         heard[heard > recipe.audio.max_seconds] = 0.0
     return np.maximum(heard, 1 / FRAMES_PER_SECOND)
 
 
-def tokens(recipe: Recipe, split: ShardedSplit, seconds: np.ndarray) -> np.ndarray:
+def tokens(recipe: Recipe, columns: Columns, seconds: np.ndarray) -> np.ndarray:
     """[n] positions in the language model over both flows (estimated from characters)."""
     simulation = recipe.simulation
-    said = np.array([(count or 0) / CHARACTERS_PER_TOKEN for count in split.columns.text_characters])
+    said = np.array([(count or 0) / CHARACTERS_PER_TOKEN for count in columns.text_characters])
     said = np.minimum(said, recipe.text.max_tokens)
     real = 1 + said if recipe.text.input == "transcript" else np.zeros_like(said)
     if simulation.rollout == "none":

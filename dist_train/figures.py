@@ -23,6 +23,7 @@ from dist_train.run_record import FLOWS
 
 FLOW_NAMES = {"complete": "complete", "missing": "transcript missing"}
 WIDTH = 5.8  # inches
+SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 LOSS_NAMES = {
     "loss": "Total loss, weighted",
@@ -320,4 +321,23 @@ def memory(step: np.ndarray, peak: np.ndarray) -> Figure:
     axes.set(xlabel="optimizer step", ylabel="peak memory (GiB)")
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return figure
+
+
+def planned_memory(parts: dict[str, float], measured: float) -> Figure:
+    """What was foretold to be held at the peak of one step, by part, above what was measured; bytes."""
+    figure = Figure(figsize=(WIDTH, 2.9))
+    axes = figure.add_subplot()
+    shades = mpl.colormaps["viridis"](np.linspace(0.1, 0.95, max(len(parts), 2)))
+    unit, name = next(((size, name) for size, name in SIZES if sum(parts.values()) >= size), SIZES[-1])
+    left = 0.0
+    for (part, size), shade in zip(sorted(parts.items(), key=lambda item: -item[1]), shades, strict=False):
+        label = f"{part} ({size / unit:.2g} {name})"
+        axes.barh("foretold", size / unit, left=left, color=shade, height=0.55, label=label)
+        left += size / unit
+    bars = axes.barh("measured", measured / unit, color=NEUTRAL, height=0.55)
+    axes.bar_label(bars, [f"{measured / unit:.3g} {name}"], label_type="center", color="white")
+    axes.invert_yaxis()
+    axes.set_xlabel(f"peak memory of rank 0 in one step ({name})")
+    figure.legend(loc="outside lower center", ncols=2)
     return figure

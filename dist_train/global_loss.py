@@ -48,7 +48,8 @@ class Rows(NamedTuple):
 
 class GlobalLoss(NamedTuple):
     """loss [] and its unweighted terms (no graph); rows: of the real clips of all ranks and micro-steps; clips: how
-    many; tokens: language model positions of all ranks; gradients: of the loss, for each micro-batch [B, W].
+    many; tokens, passages: of the language model on all ranks (see Flows); gradients: of the loss, for each micro-batch
+    [B, W].
     """
 
     loss: Tensor
@@ -56,6 +57,7 @@ class GlobalLoss(NamedTuple):
     rows: Rows
     clips: int
     tokens: int
+    passages: int
     gradients: list[Tensor]
 
     def values(self) -> dict[str, float]:
@@ -70,14 +72,14 @@ class GlobalLoss(NamedTuple):
 
 def pack(flows: Flows, batch: Batch) -> Packed:
     """Everything a loss needs of a clip in one row: the outputs of both flows, sum and count of ASR, label, whether it
-    has a transcript, whether it is real, and its share of the language model's positions.
+    has a transcript, whether it is real, and its shares of the language model's positions and passages.
     """
     count = len(batch["label"])
     asr = torch.zeros(count, 2, device=batch["label"].device) if flows.asr is None else flows.asr
     parts = [*flows.complete, *flows.missing, asr]
-    share = (flows.tokens / count).float().expand(count)
-    extra = torch.stack([batch["label"], batch["text_present"].float(), batch["real"].float(), share], 1)
-    rows = torch.cat([part.float().reshape(count, -1) for part in parts] + [extra], 1)
+    shares = (torch.stack([flows.tokens, flows.passages]) / count).float().expand(count, 2)
+    extra = torch.stack([batch["label"], batch["text_present"].float(), batch["real"].float()], 1)
+    rows = torch.cat([part.float().reshape(count, -1) for part in parts] + [extra, shares], 1)
     return Packed(rows, tuple(part.shape[1:] for part in parts))
 
 
@@ -94,7 +96,7 @@ def global_loss(packed: Sequence[Packed], settings: LossSettings, most: int | No
     local = torch.cat([part.rows.detach() for part in packed])
     most = len(local) if most is None else most
     whole = gather_rows(pad(local, (0, 0, 0, most - len(local)))).requires_grad_()  # rows of zeros are not real
-    rows, tokens = unpack(whole, packed[0].shapes)
+    rows, tokens, passages = unpack(whole, packed[0].shapes)
     clips = len(rows.label)
     if clips == 0:
         loss, gradient = whole.new_zeros(()), torch.zeros_like(whole)
@@ -112,6 +114,7 @@ def global_loss(packed: Sequence[Packed], settings: LossSettings, most: int | No
         Rows(detached(rows.complete), detached(rows.missing), rows.label, rows.has_teacher, rows.asr.detach()),
         clips,
         tokens,
+        passages,
         list(own.split([len(part.rows) for part in packed])),
     )
 
@@ -121,12 +124,12 @@ def detached(flow: FlowOutput) -> FlowOutput:
     return FlowOutput(*(part.detach() for part in flow))
 
 
-def unpack(whole: Tensor, shapes: Sequence[torch.Size]) -> tuple[Rows, int]:
-    """Rows [N, W] of all ranks → those of real clips, and the language model positions."""
-    tokens = round(whole[:, -1].sum().item())
-    whole = whole[whole[:, -2] > 0]
+def unpack(whole: Tensor, shapes: Sequence[torch.Size]) -> tuple[Rows, int, int]:
+    """Rows [N, W] of all ranks → those of real clips, and the language model's positions and passages."""
+    tokens, passages = whole[:, -2:].double().sum(0).tolist()
+    whole = whole[whole[:, -3] > 0]
     sizes = [shape.numel() for shape in shapes]
-    *columns, label, has_text, _, _ = whole.split([*sizes, 1, 1, 1, 1], 1)
+    *columns, label, has_text, _, _ = whole.split([*sizes, 1, 1, 1, 2], 1)
     restored = [column.reshape(len(whole), *shape) for column, shape in zip(columns, shapes, strict=True)]
     complete, missing, asr = FlowOutput(*restored[:FLOW]), FlowOutput(*restored[FLOW:-1]), restored[-1]
-    return Rows(complete, missing, label[:, 0].detach(), has_text[:, 0] > 0, asr), tokens
+    return Rows(complete, missing, label[:, 0].detach(), has_text[:, 0] > 0, asr), round(tokens), round(passages)

@@ -24,6 +24,8 @@ class Flows(NamedTuple):
     missing: FlowOutput
     tokens: Tensor
     """[] positions of the language model's packed pass."""
+    passages: Tensor
+    """[] the same, each times the decoder layers it passes."""
     asr: Tensor | None = None
     """[B, 2] negative log-likelihood of the transcript in nats, and its number of tokens; None without ASR."""
     answers: Tokens | None = None
@@ -36,6 +38,7 @@ class Texts(NamedTuple):
     real: TextStates
     simulated: TextStates
     tokens: Tensor
+    passages: Tensor
     asr: Tensor | None
     answers: Tokens | None
 
@@ -125,8 +128,10 @@ class DoubleFlow(nn.Module):
         if "simulated" in read:
             simulated = read["simulated"].layer(self.llm.imagined_layer)
         asr = None if said is None else self.llm.transcription(read["spoken"], said, whole)
+        positions = [len(state) for part in read.values() for state in part.states]
         tokens = torch.tensor(sum(len(part.states[0]) for part in read.values()), device=mask.device)
-        return Texts(real, simulated, tokens, asr, answers)
+        passages = sum(positions) - tokens  # the states before the first layer come from none
+        return Texts(real, simulated, tokens, passages, asr, answers)
 
 
 def present_or_zero(states: Tensor, mask: Tensor, present: Tensor) -> TextStates:

@@ -7,16 +7,15 @@ and how long it takes on stated hardware, is arithmetic (sharding.plan_zero, sha
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from dist_train.plan_corpus import Load, corpus_of, load_of
+from dist_train.plan_corpus import Corpus, Load
 from dist_train.plan_model import Clip, build_hollow, hollow_batch, trace_step
 from dist_train.plan_pretrained import tokenizer_of, without_weights
 from dist_train.plan_quantised import scale_bytes
@@ -59,6 +58,19 @@ class Prediction(BaseModel):
     parameters: dict[str, dict[str, int]] = Field(description="Per part of the model: all, and trained.")
 
 
+class MicroStep(NamedTuple):
+    """A traced micro-step: what it does; bytes of its batch and of the row that a clip exchanges; its clips, audio
+    positions of the longest, and passages through the language model's layers (see Flows).
+    """
+
+    trace: Trace
+    batch_bytes: int
+    row_bytes: int
+    clips: int
+    longest: int
+    passages: int
+
+
 class Planner:
     """Foretells steps of one recipe on one kind of machine.
 
@@ -77,7 +89,7 @@ class Planner:
         self.model = build_hollow(self.recipe, tokenizer)
         self.scales = scale_bytes(self.model)
         self.weights = [Weight(p.numel(), p.element_size(), p.requires_grad) for p in self.model.parameters()]
-        self.traces: dict[Any, tuple[Trace, int, int]] = {}
+        self.traces: dict[Any, MicroStep] = {}
 
     @property
     def decoding(self) -> float:
@@ -91,15 +103,16 @@ class Planner:
         other.nodes, other.world, other.traces = nodes, nodes * self.per_node, {}
         return other
 
-    def trace(self, clips: Sequence[Clip], rows: int, *, zero3: bool) -> tuple[Trace, int, int]:
-        """The micro-step of these clips, bytes of its batch, and bytes of the row that a clip exchanges."""
+    def trace(self, clips: Sequence[Clip], rows: int, *, zero3: bool) -> MicroStep:
+        """The micro-step of these clips; the loss is taken over `rows` clips."""
         key = (tuple(clips), rows, zero3)
         if key not in self.traces:
             tracer = Tracer(cuda=self.hardware.kind == "cuda", zero3=zero3)
             batch = hollow_batch(self.recipe, self.model, clips, tracer)
-            trace = trace_step(self.recipe, self.model, batch, tracer, rows=rows)
+            trace, row_bytes, passages = trace_step(self.recipe, self.model, batch, tracer, rows=rows)
             held = [value for name, value in batch.items() if isinstance(value, Tensor) and "answer" not in name]
-            self.traces[key] = trace, sum(x.numel() * x.element_size() for x in held), tracer.row_bytes
+            size = sum(x.numel() * x.element_size() for x in held)
+            self.traces[key] = MicroStep(trace, size, row_bytes, len(clips), batch["audio"].shape[1], passages)
         return self.traces[key]
 
     def predict(
@@ -132,17 +145,18 @@ class Planner:
             micro_steps=steps,
             replays=exact and steps > 1,
             varies=recipe.simulation.decodes,
-            inputs=sum(held for _, held, _ in traced) if exact else max(held for _, held, _ in traced),
+            inputs=(sum if exact else max)(one.batch_bytes for one in traced),
             scales=self.scales,
-            exchanged=self.world * sum(len(clips) * row for clips, (_, _, row) in zip(ordered, traced, strict=True)),
+            exchanged=self.world * sum(one.clips * one.row_bytes for one in traced),
             decoding=self.decoding,
         )
         rank = self.world - 1 if rank is None else rank
         stage = STAGES[zero.stage](self.weights, zero, self.world, rank, optimizer_of(recipe, self.hardware))
-        replay = stage.run([trace for trace, _, _ in traced], schedule)
+        replay = stage.run([one.trace for one in traced], schedule)
         timed = traced if typical is None else [self.trace(clips, rows, zero3=zero3) for clips in reversed(typical)]
-        seconds = self.seconds([trace for trace, _, _ in timed], replay, zero, exact=exact)
-        return self.summary(replay, zero, micro_batches, [trace for trace, _, _ in timed], seconds, load, exact=exact)
+        traces = [one.trace for one in timed]
+        seconds = self.seconds(traces, replay, zero, exact=exact)
+        return self.summary(replay, zero, micro_batches, traces, seconds, load, exact=exact)
 
     def seconds(self, traces: Sequence[Trace], replay: Replay, zero: ZeroSettings, *, exact: bool) -> dict[str, float]:
         """Where the time of a step goes."""
@@ -277,6 +291,21 @@ class Scale(BaseModel):
     efficiency: float = Field(description="Of perfect scaling from the first entry.")
 
 
+class Measured(BaseModel):
+    """One rank in one optimizer step of a run, beside what the planner foretells for the clips of that step."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    step: int = Field(description="Optimizer step that was measured.")
+    peak_bytes: int = Field(description="Most that torch's tensors took on the device of rank 0.")
+    foretold_peak_bytes: int
+    foretold_peak_parts: dict[str, int]
+    wire_bytes: dict[str, int] = Field(description="Whole tensors that rank 0 gave to each collective.")
+    foretold_wire_bytes: dict[str, int]
+    step_seconds: float | None = Field(None, description="Mean over the run; null while it goes on.")
+    mfu: float | None = Field(None, description="Model FLOPs utilisation over the run.")
+
+
 class Plan(BaseModel):
     """What `dist-train plan` tells, and what stands in plan.json of a run."""
 
@@ -291,27 +320,21 @@ class Plan(BaseModel):
     best: int | None = Field(None, description="Index of the best candidate; none fits: null.")
     scaling: list[Scale] = Field(default_factory=list)
     notes: list[str] = Field(default_factory=list)
-    measured: dict[str, Any] | None = Field(None, description="peak_bytes, wire_bytes, step_seconds of the run.")
+    measured: Measured | None = Field(None, description="What a run took.")
 
     def write(self, path: Path) -> None:
         """As JSON."""
         path.write_text(self.model_dump_json(indent=1), encoding="utf-8")
 
 
-def plan_run(recipe: Recipe, hardware: Hardware, nodes: int, per_node: int, tokenizer: Any = None) -> Plan:
-    """The plan of the recipe as it is, without alternatives: what a run writes when it starts.
-
-    Raises:
-        UserError: the recipe's models or data do not allow one.
-    """
-    recipe, corpus = corpus_of(recipe)
-    planner = Planner(recipe, tokenizer, hardware, nodes, per_node)
+def plan_as_is(planner: Planner, corpus: Corpus, load: Load) -> Plan:
+    """The plan of the recipe as it is, without alternatives."""
     return Plan(
-        hardware=hardware,
-        nodes=nodes,
-        per_node=per_node,
+        hardware=planner.hardware,
+        nodes=planner.nodes,
+        per_node=planner.per_node,
         corpus=corpus.source,
-        predicted=predict_epoch(planner, load_of(recipe, corpus, planner.world)),
+        predicted=predict_epoch(planner, load),
         notes=planner.notes,
     )
 
@@ -320,19 +343,6 @@ def predict_epoch(planner: Planner, load: Load, zero: ZeroSettings | None = None
     """Memory of the micro-batch that takes most, and time of a typical step."""
     worst = [load.worst] * len(load.typical)
     return planner.predict(worst, zero=zero, typical=load.typical, load=load)
-
-
-def record(path: Path, *, peak_bytes: int, wire_bytes: dict[str, int] | None, step_seconds: float) -> None:
-    """Puts what was measured beside what was predicted in plan.json.
-
-    Args:
-        peak_bytes: most that tensors took on any rank.
-        wire_bytes: of a step, if counted.
-        step_seconds: of a usual step.
-    """
-    plan = Plan.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    measured = {"peak_bytes": peak_bytes, "wire_bytes": wire_bytes, "step_seconds": step_seconds}
-    plan.model_copy(update={"measured": measured}).write(path)
 
 
 def here() -> str:

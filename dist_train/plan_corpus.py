@@ -119,8 +119,8 @@ def clip_of(recipe: Recipe, columns: Columns, index: int) -> Clip:
 def load_of(recipe: Recipe, corpus: Corpus, world: int) -> Load:
     """Lays one epoch over the ranks as training does, and picks the micro-batches that count."""
     split: Any = corpus  # of a split, the costs need the index only
-    seconds = audio_seconds(recipe, split)
-    words = tokens(recipe, split, seconds)
+    seconds = audio_seconds(recipe, corpus.columns)
+    words = tokens(recipe, corpus.columns, seconds)
     plan = EpochPlan(
         len(corpus.keys),
         recipe.data.batch,

@@ -95,30 +95,35 @@ def hollow(lengths: Sequence[int], width: int | None, dtype: torch.dtype) -> tup
     return torch.zeros(shape, dtype=dtype), torch.arange(longest) < torch.tensor(lengths)[:, None]
 
 
-def trace_step(recipe: Recipe, model: DoubleFlow, batch: Batch, tracer: Tracer, *, rows: int) -> Trace:
+def trace_step(recipe: Recipe, model: DoubleFlow, batch: Batch, tracer: Tracer, *, rows: int) -> tuple[Trace, int, int]:
     """Forward, loss and backward of one micro-step; decoding is the phase `decode`.
 
     Args:
         rows: clips over which the loss is taken.
+
+    Returns:
+        The trace, bytes of the row that a clip exchanges, passages through the language model's layers (see Flows).
     """
     tensors = [value for value in batch.values() if isinstance(value, Tensor)]
     tracer.trace = Trace()
     model.train()
     with tracer.recording(model, tensors) as trace, own_kernels(tracer), decoding(model, tracer):
-        packed = pack(model(batch), batch)
-        tracer.row_bytes = packed.rows.shape[1] * packed.rows.element_size()
+        flows = model(batch)
+        packed = pack(flows, batch)
+        row_bytes, passages = packed.rows.shape[1] * packed.rows.element_size(), int(flows.passages)
+        del flows
         kept = hollow_loss(recipe, packed, rows)
         surrogate = (packed.rows * kept[0][: len(packed.rows)]).sum() * 1.0
         tracer.phase = "backward"
         surrogate.backward()
-    return trace
+    return trace, row_bytes, passages
 
 
 def hollow_loss(recipe: Recipe, packed: Packed, rows: int) -> tuple[Tensor, Tensor]:
     """What `global_loss` does with the rows of all ranks, and what it keeps of them: their gradient and a copy."""
     whole = packed.rows.new_zeros(rows, packed.rows.shape[1]).requires_grad_()
     chosen = whole.index_select(0, torch.arange(rows))
-    *columns, label, has_text, _, _ = chosen.split([*(shape.numel() for shape in packed.shapes), 1, 1, 1, 1], 1)
+    *columns, label, has_text, _, _ = chosen.split([*(shape.numel() for shape in packed.shapes), 1, 1, 1, 2], 1)
     parts = [column.reshape(rows, *shape) for column, shape in zip(columns, packed.shapes, strict=True)]
     complete, missing, asr = FlowOutput(*parts[:FLOW]), FlowOutput(*parts[FLOW:-1]), parts[-1]
     loss, _ = double_flow_loss(complete, missing, label[:, 0].detach(), has_text[:, 0] > 0, recipe.loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dist_train.plan import Candidate, Plan, Planner, Prediction, Scale, predict_epoch
+from dist_train.plan import Candidate, Plan, Planner, Prediction, Scale, plan_as_is, predict_epoch
 from dist_train.plan_corpus import Corpus, Load, corpus_of, load_of
 from dist_train.recipe import Recipe
 from sharding.hardware import GIB, Hardware
@@ -26,22 +26,12 @@ def make_plan(recipe: Recipe, hardware: Hardware, nodes: int, per_node: int) -> 
     recipe, corpus = corpus_of(recipe)
     planner = Planner(recipe, None, hardware, nodes, per_node)
     load = load_of(recipe, corpus, planner.world)
-    predicted = predict_epoch(planner, load)
+    plan = plan_as_is(planner, corpus, load)
     found = alternatives(planner, recipe, corpus)
     candidates, best = judge(found, hardware, recipe.zero.stage)
-    scaling = scale(planner, recipe, corpus, predicted)
-    notes = [*planner.notes, *room(load, predicted, hardware), *limits(recipe, predicted, scaling)]
-    return Plan(
-        hardware=hardware,
-        nodes=nodes,
-        per_node=per_node,
-        corpus=corpus.source,
-        predicted=predicted,
-        candidates=candidates,
-        best=best,
-        scaling=scaling,
-        notes=notes,
-    )
+    scaling = scale(planner, recipe, corpus, plan.predicted)
+    notes = [*plan.notes, *room(load, plan.predicted, hardware), *limits(recipe, plan.predicted, scaling)]
+    return plan.model_copy(update={"candidates": candidates, "best": best, "scaling": scaling, "notes": notes})
 
 
 def alternatives(planner: Planner, recipe: Recipe, corpus: Corpus) -> list[Prediction]:

@@ -103,7 +103,7 @@ def plan_plots(run: Run) -> Iterator[Plot]:
         else absent,
         partial(figures.throughput, *_pace(run, seconds)) if timed else None,
     )
-    parts = {name: number(value) for name, value in (_get(run.summary, "speed", "phase_seconds") or {}).items()}
+    parts = _numbers(_get(run.summary, "speed"), "phase_seconds")
     if parts and sum(parts.values()) > 0:
         yield Plot(
             "phases",
@@ -119,6 +119,27 @@ def plan_plots(run: Run) -> Iterator[Plot]:
             "Of rank 0: GPU memory, or that of the process on a CPU.",
             partial(figures.memory, step, peak),
         )
+    yield from _plots_plan(run)
+
+
+def _plots_plan(run: Run) -> Iterator[Plot]:
+    """Foretold beside measured, if the run has a plan and one of its steps was measured."""
+    measured = _get(run.plan, "measured")
+    parts = {name: size for name, size in _numbers(measured, "foretold_peak_parts").items() if size > 0}
+    peak, foretold = number(_get(measured, "peak_bytes")), number(_get(measured, "foretold_peak_bytes"))
+    if not parts or not peak > 0 or math.isnan(foretold):
+        return
+    sent, wire = (sum(_numbers(measured, key).values()) for key in ("wire_bytes", "foretold_wire_bytes"))
+    exchange = (
+        f" Given to collectives: foretold {wire / 1e6:,.1f} MB, measured {sent / 1e6:,.1f} MB." if sent > 0 else ""
+    )
+    yield Plot(
+        "planned_memory",
+        "Memory foretold and measured",
+        f"Step {_show(number(_get(measured, 'step')), '.0f')}: foretold is {foretold / peak:.1%} of what was measured."
+        + exchange,
+        partial(figures.planned_memory, parts, peak),
+    )
 
 
 def _plot_validation(run: Run, records: list[dict[str, Any]]) -> Plot:
@@ -221,6 +242,7 @@ def _context(run: Run) -> dict[str, Any]:
         "Training time": _duration(number(summary.get("seconds"))),
         "Clips per second": _show(number(_get(summary, "speed", "clips_per_second")), ",.1f", ""),
         "LLM tokens per second": _show(number(_get(summary, "speed", "tokens_per_second")), ",.0f", ""),
+        "MFU": _show(number(_get(summary, "speed", "mfu")), ".1%", ""),
         "Audio padding": _show(number(_get(summary, "speed", "padding_share")), ".0%", ""),
         "Seed": summary.get("seed"),
         "Set aside": f"{summary['set_aside']} bad samples" if summary.get("set_aside") else "",
@@ -269,6 +291,13 @@ def _get(record: Any, *keys: str) -> Any:
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
     return record
+
+
+def _numbers(record: Any, key: str) -> dict[str, float]:
+    """A mapping of names to finite numbers; what is none is left out."""
+    found = _get(record, key)
+    values = {str(name): number(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    return {name: value for name, value in values.items() if math.isfinite(value)}
 
 
 def _show(value: float, form: str, absent: str = "–") -> str:

@@ -41,6 +41,7 @@ class RunDirectory:
         self.path = path
         self.recipe = path / "recipe.yaml"
         self.parameters = path / "parameters.json"
+        self.plan = path / "plan.json"
         self.metrics = path / "metrics.jsonl"
         self.summary = path / "summary.json"
         self.checkpoints = path / "checkpoints"

@@ -47,6 +47,7 @@ class Run:
     recipe: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     evals: list[dict[str, Any]] = field(default_factory=list)
     predictions: Predictions | None = None
@@ -83,6 +84,7 @@ def read_run(path: Path) -> Run:
     run.recipe = _mapping(run, "recipe.yaml", yaml.safe_load)
     run.environment = _mapping(run, "environment.json", json.loads)
     run.summary = _mapping(run, "summary.json", json.loads)
+    run.plan = _mapping(run, "plan.json", json.loads)
     _read_metrics(run)
     for split in SPLITS:
         run.predictions = run.predictions or _read_predictions(run, split)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-WARM_UP = 2  # steps not counted: compilation, first allocations
+WARM_UP = 3  # steps not counted: compilation, first allocations, the one that is measured for plan.json
 
 
 def read_steps(metrics: Path) -> list[dict[str, Any]]:
@@ -16,12 +16,13 @@ def read_steps(metrics: Path) -> list[dict[str, Any]]:
 
 
 def speed(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Totals over all steps but the first two (over all, if there are no more).
+    """Totals over all steps but the first three (over all, if there are no more).
 
     Returns:
-        clips_per_second, tokens_per_second (language model positions; all ranks), data_share (of the time, waiting for
-        data), rollout_share (decoding imagined text), phase_seconds (per step, of rank 0), padding_share (of rank 0's
-        audio positions), micro_steps (per step).
+        step_seconds (mean), clips_per_second, tokens_per_second (language model positions; all ranks), data_share (of
+        the time, waiting for data), rollout_share (decoding imagined text), phase_seconds (per step, of rank 0),
+        padding_share (of rank 0's audio positions), micro_steps (per step), mfu (share of what matrix products reach
+        on these devices; None if unknown).
     """
     steps = steps[WARM_UP:] or steps
     if not steps:
@@ -32,7 +33,12 @@ def speed(steps: list[dict[str, Any]]) -> dict[str, Any]:
         for name, value in row["phases"].items():
             phases[name] = phases.get(name, 0.0) + value
     count = len(steps)
+    used = [row.get("mfu") for row in steps]
     return {
+        "step_seconds": seconds / count,
+        "mfu": None
+        if None in used
+        else sum(share * row["step_seconds"] for share, row in zip(used, steps, strict=True)) / seconds,
         "clips_per_second": sum(row["clips"] for row in steps) / seconds,
         "tokens_per_second": sum(row["tokens"] for row in steps) / seconds,
         "data_share": sum(row["data_seconds"] for row in steps) / seconds,

@@ -31,6 +31,7 @@ class StepResult:
     terms: dict[str, float] = field(default_factory=dict)
     grad_norm: float | None = None
     tokens: int = 0
+    passages: int = 0
     clips: int = 0
     micro_steps: int = 0
     audio_positions: int = 0  # of this rank, padding included
@@ -39,6 +40,7 @@ class StepResult:
     def add(self, values: dict[str, float], of: GlobalLoss, share: float) -> None:
         """Adds the loss and terms of some micro-steps, which hold this share of the step's clips."""
         self.tokens += of.tokens
+        self.passages += of.passages
         self.clips += of.clips
         self.loss += values["loss"] * share
         for name, value in values.items():

@@ -6,7 +6,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from dist_train.build import build_collator, build_model, open_split
 from dist_train.costs import clip_costs
 from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, predict, score
+from dist_train.foresight import MEASURED, Foresight, grid
 from dist_train.idle import idle_parts
 from dist_train.llm import load_tokenizer
 from dist_train.notes import shortcomings
@@ -77,6 +78,10 @@ class Trainer:
         self.train_split, self.valid_split = open_split(recipe, "train"), open_split(recipe, "valid")
         self.costs, self.valid_costs = clip_costs(recipe, self.train_split), clip_costs(recipe, self.valid_split)
         tokenizer = load_tokenizer(str(run.tokenizer))
+        nodes, per_node = grid()
+        self.foresight = (
+            Foresight(recipe, tokenizer, self.train_split, nodes, per_node, run.plan) if self.rank == 0 else None
+        )
         model = build_model(recipe, tokenizer)
         self.collate = build_collator(recipe, tokenizer, model)
         self.phases = Phases()
@@ -109,7 +114,7 @@ class Trainer:
             if self.rank == 0:
                 run.rewind(self.progress.step)
 
-        started = self.progress.step
+        self.started = started = self.progress.step
         self.stepper = Stepper(
             self.engine,
             recipe.loss,
@@ -192,7 +197,7 @@ class Trainer:
                 return batch
 
             rate = self.learning_rate(progress.step, progress.epoch)
-            with measured(self.phases), self.profiled():
+            with measured(self.phases), self.observed(plan, epoch_step):
                 result = self.step(next_batch, plan, epoch_step, rate)
             phases = self.phases.read()
             seconds = time.perf_counter() - started
@@ -200,7 +205,7 @@ class Trainer:
             progress.epoch_step += 1
             progress.samples += len(plan.batch(epoch_step))
             progress.seconds += seconds
-            if self.rank == 0:
+            if self.foresight is not None:
                 self.run.log(
                     {
                         "kind": "step",
@@ -213,6 +218,7 @@ class Trainer:
                         "grad_norm": result.grad_norm,
                         "tokens": result.tokens,
                         "micro_steps": result.micro_steps,
+                        **self.foresight.arithmetic(plan, epoch_step, result.passages, seconds),
                         "clips": len(plan.batch(epoch_step)),
                         "padding_share": result.padded_positions / max(result.audio_positions, 1),
                         "phases": phases,
@@ -238,15 +244,20 @@ class Trainer:
         return self.stepper.run(next_batch, rows, clips, step=progress.step, epoch=progress.epoch)
 
     @contextmanager
-    def profiled(self) -> Iterator[None]:
-        """Records a trace of the step that `training.profile_step` names, on rank 0."""
+    def observed(self, plan: EpochPlan, epoch_step: int) -> Iterator[None]:
+        """On rank 0, measures one step for plan.json, and traces the one that `training.profile_step` names."""
         number = self.progress.step + 1
-        if self.rank != 0 or number != self.recipe.training.profile_step:
+        with ExitStack() as stack:
+            if self.foresight is not None and number == self.started + MEASURED:
+                stack.enter_context(self.foresight.measured(plan, epoch_step, number))
+            if self.rank == 0 and number == self.recipe.training.profile_step:
+                trace = str(self.run.path / f"trace_step_{number}.json.gz")
+                stack.enter_context(
+                    torch.profiler.profile(
+                        profile_memory=True, on_trace_ready=lambda done: done.export_chrome_trace(trace)
+                    )
+                )
             yield
-            return
-        with torch.profiler.profile(profile_memory=True) as profiler:
-            yield
-        profiler.export_chrome_trace(str(self.run.path / f"trace_step_{number}.json.gz"))
 
     def validation_due(self, epoch_ended: bool) -> bool:
         """Whether to validate after the step just made; always after the last one."""
@@ -330,7 +341,7 @@ def train(recipe: Recipe, run: RunDirectory, *, resume: bool) -> bool:
         with Display(trainer.total_steps, trainer.progress.step, quiet=trainer.rank != 0) as display:
             stopped = trainer.fit(display, stop)
         progress, world = trainer.progress, trainer.world
-        train_split = trainer.train_split
+        train_split, foresight = trainer.train_split, trainer.foresight
         if stopped:
             return False
         del trainer  # its memory is needed by the evaluation
@@ -338,7 +349,9 @@ def train(recipe: Recipe, run: RunDirectory, *, resume: bool) -> bool:
         splits = {"valid": evaluate_checkpoint(run, recipe, best, "valid")}
         if "test" in train_split.info.splits:
             splits["test"] = evaluate_checkpoint(run, recipe, best, "test")
-    if dist.get_rank() == 0:
+    if foresight is not None:
+        pace = speed(read_steps(run.metrics))
+        foresight.close(pace)
         summary = {
             "best_step": progress.best_step,
             "selected_on": "valid",
@@ -352,7 +365,7 @@ def train(recipe: Recipe, run: RunDirectory, *, resume: bool) -> bool:
             "seconds": round(progress.seconds, 1),
             "seed": recipe.seed,
             "set_aside": len(progress.set_aside),
-            "speed": speed(read_steps(run.metrics)),
+            "speed": pace,
             "notes": shortcomings(recipe, train_split, progress.set_aside, splits),
         }
         run.summary.write_text(json.dumps(summary, indent=1))

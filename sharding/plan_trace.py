@@ -116,7 +116,6 @@ class Tracer(TorchDispatchMode):
         self.behind = ELSEWHERE  # part that the backward pass is in
         self.place: list[tuple[str, int]] = []  # (part, module) that run, innermost last
         self.known: dict[int, Any] = {}  # storages accounted for, by address of their C++ object
-        self.row_bytes = 0  # of what the step exchanges per row; for whoever runs it to fill in
         self.owners: dict[int, int] = {}  # parameter index, by address of its storage
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -86,7 +86,7 @@ def recipe(shards: Path, /, **changes: Any) -> Recipe:
         "optimizer": {"name": "adamw", "learning_rate": 1e-3},
         "schedule": {"name": "constant"},
         "training": {"epochs": 1},
-        "zero": {"stage": 2, "persistence_threshold": 0},
+        "zero": {"stage": 2, "persistence_threshold": 0, "bucket_elements": 100_000},
     }  # fmt: skip
     return validate(merge(values, changes))
 

@@ -49,7 +49,7 @@ CASES = [
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_names_term_and_clip(which: str, part: str, terms: list[str], value: float) -> None:
     for row in (2, 4):
-        flows = Flows(flow(), flow(), torch.tensor(11))
+        flows = Flows(flow(), flow(), torch.tensor(11), torch.tensor(22))
         getattr(getattr(flows, which), part)[row].view(-1)[-1] = value
         made = batch()
         result = global_loss([pack(flows, made)], SETTINGS)
@@ -60,7 +60,7 @@ def test_a_loss_that_is_not_finite_names_term_and_clip(which: str, part: str, te
 
 
 def test_a_filler_cannot_spoil_the_loss() -> None:
-    flows = Flows(flow(), flow(), torch.tensor(11))
+    flows = Flows(flow(), flow(), torch.tensor(11), torch.tensor(22))
     flows.complete.prediction[1] = float("nan")
     assert finite(global_loss([pack(flows, batch())], SETTINGS))
 
@@ -68,7 +68,7 @@ def test_a_filler_cannot_spoil_the_loss() -> None:
 def test_where_no_clip_stands_out_all_are_named_up_to_eight() -> None:
     """A sum that overflows although every output is finite."""
     rows = 11
-    flows = Flows(flow(rows), flow(rows), torch.tensor(11))
+    flows = Flows(flow(rows), flow(rows), torch.tensor(11), torch.tensor(22))
     flows.complete.prediction.fill_(3e19)
     keys = [f"k{i}" for i in range(rows)]
     made: Any = {
@@ -85,7 +85,7 @@ def test_where_no_clip_stands_out_all_are_named_up_to_eight() -> None:
 
 def test_a_weight_alone_can_spoil_the_sum() -> None:
     made, heavy = batch(), LossSettings(mse_complete=1e38)
-    flows = Flows(flow(), flow(), torch.tensor(11))
+    flows = Flows(flow(), flow(), torch.tensor(11), torch.tensor(22))
     flows.complete.prediction.fill_(1e3)
     result = global_loss([pack(flows, made)], heavy)
     assert not finite(result)
@@ -101,7 +101,7 @@ def test_a_gradient_that_alone_is_not_finite_names_term_and_clips(monkeypatch: p
         return terms["mse_missing"] + terms["mkd1"], terms
 
     monkeypatch.setattr(diagnose, "double_flow_loss", losses)
-    flows = Flows(flow(), flow(), torch.tensor(11))
+    flows = Flows(flow(), flow(), torch.tensor(11), torch.tensor(22))
     for row in (2, 4):
         flows.missing.text_query[row] = flows.complete.text_query[row]
     made = batch()
@@ -113,7 +113,7 @@ def test_a_gradient_that_alone_is_not_finite_names_term_and_clips(monkeypatch: p
 
 def test_a_gradient_that_breaks_inside_the_network_says_so() -> None:
     made = batch()
-    result = global_loss([pack(Flows(flow(), flow(), torch.tensor(11)), made)], SETTINGS)
+    result = global_loss([pack(Flows(flow(), flow(), torch.tensor(11), torch.tensor(22)), made)], SETTINGS)
     message = str(non_finite_gradient(5, [(result.rows, [made])], SETTINGS, KEYS))
     assert "inside the network" in message
     assert all(f"clip{index}" in message for index, real in zip(INDEX, REAL, strict=True) if real)

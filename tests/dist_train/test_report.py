@@ -20,7 +20,7 @@ from dist_train.run_record import FLOWS, Run, read_run
 from sharding.errors import UserError
 
 TERMS = ["mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"]
-FILES = ["recipe.yaml", "environment.json", "metrics.jsonl", "summary.json"]
+FILES = ["recipe.yaml", "environment.json", "plan.json", "metrics.jsonl", "summary.json"]
 FILES += ["predictions_test.csv", "representations_test.safetensors"]
 METRICS = ["mae", "corr", "acc2_nonzero", "acc2_has0", "f1_nonzero", "f1_has0", "acc7"]
 
@@ -65,7 +65,11 @@ def make_run(path: Path, rng: np.random.Generator, steps: int = 12, data: str = 
     summary = {"best_step": 8, "selected_on": "valid", "selected_flow": "mean", "test": test, "valid": test}
     summary |= {"world_size": 2, "samples": 16 * steps, "seconds": 75.0, "seed": 1, "notes": [], "set_aside": 0}
     phases = {"data": 0.1, "forward": 0.5, "rollout": 0.0, "backward": 0.9}
-    summary["speed"] = {"clips_per_second": 71.25, "padding_share": 0.31, "phase_seconds": phases}
+    summary["speed"] = {"clips_per_second": 71.25, "padding_share": 0.31, "phase_seconds": phases, "mfu": 0.412}
+    parts = {"frozen weights": 3.1 * 2**30, "activations of llm": 2.0 * 2**30, "buckets": 0}
+    measured = {"step": 3, "peak_bytes": 5.0 * 2**30, "foretold_peak_bytes": 5.1 * 2**30, "foretold_peak_parts": parts}
+    measured |= {"wire_bytes": {"all_reduce": 2_000_000}, "foretold_wire_bytes": {"all_reduce": 2_100_000}}
+    (path / "plan.json").write_text(json.dumps({"measured": measured}))
     (path / "summary.json").write_text(json.dumps(summary))
     return summary
 
@@ -117,7 +121,9 @@ def test_complete_run_on_one_self_contained_page(tmp_path: Path, rng: np.random.
         "schedule",
         "throughput",
         "phases",
+        "planned_memory",
     }
+    assert "foretold is 102.0% of what was measured" in text and "41.2%" in text
     for path in (tmp_path / "run" / "figures").iterdir():
         assert path.read_bytes().startswith(b"\x89PNG")
 

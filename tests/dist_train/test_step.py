@@ -101,7 +101,7 @@ class Bench:
         step.step = STEP
         self.model.train()
         packed = [step.forward(micro, batch) for micro, batch in enumerate(self.batches)]
-        rows, _ = unpack(torch.cat([part.rows for part in packed]), packed[0].shapes)
+        rows, *_ = unpack(torch.cat([part.rows for part in packed]), packed[0].shapes)
         loss, terms = double_flow_loss(rows.complete, rows.missing, rows.label, rows.has_teacher, self.recipe.loss)
         loss.backward()
         return {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}, self.gradients()

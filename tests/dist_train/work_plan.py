@@ -19,11 +19,11 @@ from dist_train.step import Stepper
 from sharding.agreement import Agreement
 from sharding.census import Census
 from sharding.collectives import gather_objects
+from sharding.meter import Meter
 from sharding.order import EpochPlan
 from sharding.stream import stream
 from sharding.zero import build_engine
 from tests import tiny
-from tests.meter import Meter
 
 STEPS = 3  # the last is measured: ZeRO-3 first learns the order of modules
 

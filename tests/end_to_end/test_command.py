@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import webdataset as wds
 
+from dist_train.plan import Plan
 from dist_train.recipe import load_recipe, write_recipe
 from tests import tiny
 
 METRICS = {"mae", "corr", "acc2_nonzero", "acc2_has0", "f1_nonzero", "f1_has0", "acc7"}
 STEP_KEYS = {
     "kind", "step", "epoch", "samples", "loss", "lr", "grad_norm", "tokens",
-    "step_seconds", "data_seconds", "peak_bytes", "clips", "micro_steps", "padding_share", "phases",
+    "step_seconds", "data_seconds", "peak_bytes", "clips", "micro_steps", "padding_share", "phases", "flops", "mfu",
     "loss/mse_complete", "loss/mse_missing", "loss/mkd1", "loss/mkd2", "loss/rs", "loss/rnc",
 }  # fmt: skip
 
@@ -163,3 +164,17 @@ def test_help_is_quick() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
     assert "train" in run("--help").stdout
+
+
+def test_plan_of_a_run_stands_beside_what_it_took(finished: Path) -> None:
+    plan = Plan.model_validate_json((finished / "plan.json").read_text())
+    measured = plan.measured
+    assert measured is not None and measured.step == 3 and plan.predicted.world == 2
+    assert measured.foretold_peak_bytes == pytest.approx(measured.peak_bytes, rel=0.05)
+    for collective, size in measured.wire_bytes.items():
+        assert measured.foretold_wire_bytes[collective] == pytest.approx(size, rel=0.02, abs=100)
+    steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in steps if row["kind"] == "step"]
+    assert all(0 < row["mfu"] < 1 and row["flops"] > 0 for row in steps)
+    summary = json.loads((finished / "summary.json").read_text())
+    assert measured.mfu == summary["speed"]["mfu"] and measured.step_seconds == summary["speed"]["step_seconds"]

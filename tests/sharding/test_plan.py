@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sharding.errors import UserError, UserErrors
 from sharding.hardware import PROFILES, Hardware, load_hardware, read_bytes, ring_bytes, wire_seconds, work_seconds
+from sharding.meter import Meter
 from sharding.plan_gather import Gathering
 from sharding.plan_ledger import Ledger, Optimizer, Schedule, Weight, Wire
 from sharding.plan_trace import Event, Trace, Tracer, Work
 from sharding.plan_zero import STAGES
 from sharding.zero import ZeroSettings
-from tests.meter import Meter
 
 
 class Attend(nn.Module):

@@ -1,0 +1,127 @@
+"""plan.json of a run: what the planner foretold, and beside it what the run took; and the arithmetic behind its MFU."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from dist_train.audio import SAMPLE_RATE
+from dist_train.costs import audio_seconds
+from dist_train.flops import FlopRates, audio_of_step, flop_rates, matrix_rate
+from dist_train.plan import Measured, Plan, Planner, here, plan_as_is
+from dist_train.plan_corpus import Corpus, clip_of, load_of
+from dist_train.recipe import Recipe
+from sharding.collectives import device, gather_objects
+from sharding.hardware import PROFILES, Hardware
+from sharding.meter import Meter
+from sharding.order import EpochPlan
+from sharding.stream import ShardedSplit
+
+MEASURED = 3  # step of a process that is measured: by then all is allocated, and ZeRO-3 knows the order of the modules
+
+
+class Foresight:
+    """Rank 0's plan of its run. A model that cannot be planned is trained all the same, without plan and MFU.
+
+    Args:
+        recipe: resolved.
+        tokenizer: of the run.
+        split: training split.
+        nodes, per_node: ranks.
+        path: of plan.json.
+    """
+
+    def __init__(
+        self, recipe: Recipe, tokenizer: Any, split: ShardedSplit, nodes: int, per_node: int, path: Path
+    ) -> None:
+        self.recipe, self.path, self.world = recipe, path, nodes * per_node
+        self.corpus = Corpus(split.columns, recipe.data.path)
+        self.rates: FlopRates | None = None
+        self.peak = 0.0
+        try:
+            self.foretell(tokenizer, PROFILES[here()], nodes, per_node)
+        except Exception as error:  # whatever the planner stumbles over is no reason not to train
+            reason = " ".join(str(error).split()) or type(error).__name__
+            Console(stderr=True).print(f"This run has no plan and no MFU: {reason}", markup=False)
+
+    def foretell(self, tokenizer: Any, hardware: Hardware, nodes: int, per_node: int) -> None:
+        """Writes what is foretold, and finds what a step computes and the device can."""
+        planner = Planner(self.recipe, tokenizer, hardware, nodes, per_node)
+        load = load_of(self.recipe, self.corpus, self.world)
+        plan_as_is(planner, self.corpus, load).write(self.path)
+        self.rates = flop_rates(self.recipe, tokenizer, hardware, load)
+        self.peak = matrix_rate(self.recipe.dtype, device())
+        if self.recipe.audio.input == "waveform":
+            seconds = audio_seconds(self.recipe, self.corpus.columns)
+            self.positions = np.maximum(np.round(seconds * SAMPLE_RATE), planner.model.audio.minimum_samples)
+        else:
+            self.positions = np.array([max(frames or 0, 1) for frames in self.corpus.columns.audio_frames])
+        planner.traces.clear()
+        self.planner = planner
+
+    def arithmetic(self, plan: EpochPlan, epoch_step: int, passages: int, seconds: float) -> dict[str, float | None]:
+        """flops: of a step over all ranks; mfu: its share of what matrix products of this type reach on the devices.
+
+        Args:
+            passages: through the language model's layers, over all ranks (see Flows).
+            seconds: the step took.
+        """
+        if self.rates is None:
+            return {"flops": None, "mfu": None}
+        flops = self.rates.of(audio_of_step(plan, epoch_step, self.world, self.positions), passages)
+        return {"flops": flops, "mfu": flops / (seconds * self.peak * self.world)}
+
+    @contextmanager
+    def measured(self, plan: EpochPlan, epoch_step: int, step: int) -> Iterator[None]:
+        """Measures the step run inside and puts it into plan.json, beside what is foretold for its clips."""
+        if self.rates is None:
+            yield
+            return
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        with Meter() as meter:
+            yield
+        clips = [
+            [clip_of(self.recipe, self.corpus.columns, index) for index, _ in plan.micro_batch(epoch_step, micro, 0)]
+            for micro in range(plan.micro_steps(epoch_step))
+        ]
+        foretold = self.planner.predict(clips, rank=0)
+        self.planner.traces.clear()
+        self.write(
+            Measured(
+                step=step,
+                peak_bytes=torch.cuda.max_memory_allocated() if cuda else meter.peak,
+                foretold_peak_bytes=foretold.peak_bytes,
+                foretold_peak_parts=foretold.peak_parts,
+                wire_bytes=meter.wire,
+                foretold_wire_bytes=foretold.wire_bytes,
+            )
+        )
+
+    def close(self, speed: dict[str, Any]) -> None:
+        """Puts the mean step and the MFU of the finished run into plan.json."""
+        if self.rates is None:
+            return
+        measured = Plan.model_validate_json(self.path.read_text(encoding="utf-8")).measured
+        if measured is not None:
+            self.write(measured.model_copy(update={"step_seconds": speed.get("step_seconds"), "mfu": speed.get("mfu")}))
+
+    def write(self, measured: Measured) -> None:
+        """Replaces what was measured."""
+        plan = Plan.model_validate_json(self.path.read_text(encoding="utf-8"))
+        plan.model_copy(update={"measured": measured}).write(self.path)
+
+
+def grid() -> tuple[int, int]:
+    """Nodes, and ranks of each; of the fullest, where they differ (collective)."""
+    ranks = Counter(gather_objects(platform.node()))
+    return len(ranks), max(ranks.values())
