@@ -63,11 +63,17 @@ def prepare_tokenizer(recipe: Recipe, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> DoubleFlow:
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, resumed: bool = False) -> DoubleFlow:
     """The model in the recipe's precision, initialised from its seed alike on every rank.
 
     Pretrained parts are loaded in that precision, so only what is new is cast here.
+
+    Args:
+        resumed: a checkpoint will fill what is trained; files that it once started from are not read.
     """
+    if resumed:
+        recipe = recipe.model_copy(deep=True)
+        recipe.simulation.projector = None
     torch.manual_seed(recipe.seed)
     model = DoubleFlow(recipe, tokenizer)
     for parameter in model.parameters():  # buffers such as rotary frequencies stay fp32

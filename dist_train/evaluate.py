@@ -44,6 +44,7 @@ class Predictions:
     complete: np.ndarray
     missing: np.ndarray
     present: np.ndarray  # [n, 3] audio, text, vision
+    asr: np.ndarray  # [n, 2] nats of the transcript given the audio, and its tokens; 0 and 0 without
     representations: dict[str, np.ndarray]
     set_aside: list[str]
 
@@ -78,13 +79,16 @@ def predict(
         flows = model(to_device(micro, device()))
         present = torch.stack([micro["audio_present"], micro["text_present"], micro["vision_present"]], 1)
         values = [micro["index"], micro["label"], flows.complete.prediction, flows.missing.prediction, present]
-        values += [flows.complete.representation, flows.missing.representation]
+        asr = torch.zeros(len(micro["label"]), 2) if flows.asr is None else flows.asr
+        values += [asr, flows.complete.representation, flows.missing.representation]
         arrays = [value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy() for value in values]
-        for index, label, complete, missing, has, *representations in (
+        for index, label, complete, missing, has, spoken, *representations in (
             tuple(array[row] for array in arrays) for row in np.flatnonzero(micro["real"].numpy())
         ):
             shown = [representation.copy() for representation in representations] if index < SHOWN_CLIPS else None
-            rows.append((int(index), float(label), float(complete), float(missing), has.tolist(), shown))
+            rows.append(
+                (int(index), float(label), float(complete), float(missing), has.tolist(), shown, spoken.tolist())
+            )
     rows = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row[0])
     if not rows:
         raise UserError(f"split {split.split}", "has no clip that could be read", "Run `dist-train shards verify`.")
@@ -103,6 +107,7 @@ def predict(
         complete=np.array([row[2] for row in rows], dtype=np.float32),
         missing=np.array([row[3] for row in rows], dtype=np.float32),
         present=np.array([row[4] for row in rows], dtype=bool),
+        asr=np.array([row[6] for row in rows], dtype=np.float64),
         representations={
             "complete": np.array([row[5][0] for row in shown_rows], np.float32).reshape(-1, REPRESENTATION_WIDTH),
             "missing": np.array([row[5][1] for row in shown_rows], np.float32).reshape(-1, REPRESENTATION_WIDTH),
@@ -113,15 +118,39 @@ def predict(
 
 
 def score(predictions: Predictions, train_labels: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Metrics of both flows, their gap, and the trivial floors."""
+    """Metrics of both flows, their gap, and the trivial floors; of a model that transcribes, also nats per token."""
     complete = valence_metrics(predictions.complete, predictions.label)
     missing = valence_metrics(predictions.missing, predictions.label)
-    return {
+    scores: dict[str, dict[str, Any]] = {
         "complete": dict(complete),
         "missing": dict(missing),
         "gap": dict(gap(complete, missing)),
         "floor": dict(floors(train_labels, predictions.label)),
     }
+    nats, tokens = predictions.asr.sum(0)
+    if tokens > 0:
+        scores["transcription"] = {"nats_per_token": nats / tokens, "tokens": int(tokens)}
+    return scores
+
+
+def judged(scores: dict[str, dict[str, Any]], select_on: str) -> float:
+    """What selects a checkpoint; lower is better.
+
+    Args:
+        scores: of the validation split.
+        select_on: `training.select_on`.
+
+    Raises:
+        UserError: the split has nothing to judge by.
+    """
+    if select_on == "transcription":
+        if "transcription" not in scores:
+            raise UserError(
+                "split valid", "has no clip with audio and transcript to judge transcription by", "Add such clips."
+            )
+        return float(scores["transcription"]["nats_per_token"])
+    flows = ["complete", "missing"] if select_on == "mean" else [select_on]
+    return float(np.mean([scores[flow]["mae"] for flow in flows]))
 
 
 def write_predictions(directory: Path, split: str, predictions: Predictions) -> None:
@@ -143,7 +172,7 @@ def load_trained(run: RunDirectory, recipe: Recipe, checkpoint: Path) -> tuple[n
     """
     state = read_state(checkpoint)
     tokenizer = load_tokenizer(str(run.tokenizer))
-    model = build_model(recipe, tokenizer)
+    model = build_model(recipe, tokenizer, resumed=True)
     check_base(model, state, checkpoint)
     load_weights(model, checkpoint)
     return model.to(device()).eval(), build_collator(recipe, tokenizer, model)

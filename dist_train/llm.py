@@ -59,25 +59,6 @@ class TextSettings(TuningSettings):
     tuning: Tuning = Field("lora", description="`frozen`, `full`, or an adapter: `lora`, `dora`, `vera`.")
 
 
-class Projector(nn.Module):
-    """SLAM-ASR's linear projector (arXiv 2402.08846): stack k frames, Linear, ReLU, Linear. Drops T mod k frames."""
-
-    def __init__(self, audio_width: int, text_width: int, settings: SimulationSettings) -> None:
-        super().__init__()
-        self.stack = settings.stack_frames
-        self.linear1 = nn.Linear(audio_width * self.stack, settings.projector_width)
-        self.linear2 = nn.Linear(settings.projector_width, text_width)
-
-    def forward(self, frames: Tensor, mask: Tensor) -> TextStates:
-        """frames [B, T, D], mask [B, T] → [B, T//k, H] and its mask; a position counts if all its k frames do."""
-        B, T, D = frames.shape
-        length = T // self.stack
-        stacked = frames[:, : length * self.stack].reshape(B, length, D * self.stack)
-        lengths = mask.sum(1) // self.stack
-        kept = torch.arange(length, device=mask.device) < lengths[:, None]
-        return TextStates(self.linear2(torch.relu(self.linear1(stacked))), kept)
-
-
 class Block(NamedTuple):
     """Rows of the packed pass: audio [B, A, H], then tokens [B, L]. States are read from column `first` on; unless
     `whole_way`, none above `simulation.layer`.

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from dist_train.audio import AudioEncoder, AudioFeatures
 from dist_train.batch import Batch
 from dist_train.fusion import FlowOutput, FusionNetwork, FusionWidths
-from dist_train.llm import Block, LanguageModel, Projector, TextFeatures
+from dist_train.llm import Block, LanguageModel, TextFeatures
 from dist_train.packed import TextStates, Tokens
 from dist_train.phases import phase
+from dist_train.projector import Projector, load_projector
 from dist_train.recipe import Recipe
 
 
@@ -74,6 +75,8 @@ class DoubleFlow(nn.Module):
             TextFeatures(recipe.widths.text, self.llm.width) if recipe.text.input == "features" else None
         )
         self.projector = Projector(self.audio.width, self.llm.width, recipe.simulation) if simulates else None
+        if self.projector is not None and recipe.simulation.projector is not None:
+            load_projector(self.projector, recipe.simulation.projector)
         self.fusion = FusionNetwork(
             FusionWidths(audio=self.audio.width, text=self.llm.width, vision=recipe.widths.vision),
             recipe.fusion,

@@ -44,9 +44,11 @@ def shortcomings(
     split = "test" if "test" in scores else "valid"
     if split == "valid":
         notes.append("There is no test split: the scores are those of the split that selected the checkpoint.")
+    if not recipe.loss.compares_flows:
+        notes.append("No loss trained the flows' predictions: of the scores only transcription (nats/token) counts.")
     floor = scores[split]["floor"]["mae"]
     beaten = [flow for flow in ("complete", "missing") if scores[split][flow]["mae"] < floor]
-    if not beaten:
+    if not beaten and recipe.loss.compares_flows:
         notes.append(f"Neither flow beats the trivial answer, the median training label, on {split}.")
     if set_aside:
         more = f" and {len(set_aside) - SHOWN} more" if len(set_aside) > SHOWN else ""

@@ -60,6 +60,7 @@ def without_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
         UserError: a configuration cannot be had, or is of another family than can be planned.
     """
     changed, notes = recipe.model_copy(deep=True), []
+    changed.simulation.projector = None  # weights that have no shape of their own
     parts: list[tuple[str, Any, str]] = [("text", changed.text, "llama")]
     if recipe.audio.input == "waveform":
         parts.append(("audio", changed.audio, "wavlm"))

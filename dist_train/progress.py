@@ -43,7 +43,9 @@ class Display:
     def validation(self, epoch: int, scores: dict[str, Any], better: bool) -> None:
         """After each validation."""
         complete, missing, floor = (scores[part]["mae"] for part in ("complete", "missing", "floor"))
+        spoken = scores.get("transcription")
         self.console.print(
             f"epoch {epoch}: validation MAE complete {complete:.3f}, text missing {missing:.3f} (floor {floor:.3f})"
+            + (f", transcript {spoken['nats_per_token']:.3f} nats/token" if spoken else "")
             + (", best so far" if better else "")
         )

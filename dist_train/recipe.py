@@ -60,8 +60,10 @@ class TrainingSettings(BaseModel):
     validate_every: Annotated[int, Field(ge=1)] | Literal["epoch"] = Field(
         "epoch", description="Validate after each epoch, or every N steps."
     )
-    select_on: Literal["mean", "complete", "missing"] = Field(
-        "mean", description="Flow whose validation MAE selects the best checkpoint; `mean` of both."
+    select_on: Literal["mean", "complete", "missing", "transcription"] = Field(
+        "mean",
+        description="What selects the best checkpoint on the validation split: the MAE of a flow, the `mean` of both, "
+        "or `transcription`, nats per token of the transcript given the audio (needs `loss.asr`).",
     )
     patience: int | None = Field(
         None, ge=1, description="Stop after this many validations without a better one. Default: never."
@@ -139,23 +141,40 @@ class Recipe(BaseModel):
                 "freezes a language model with random weights, which can tell nothing of a transcript",
                 "Write text.tuning: full.",
             )
-        if not self.loss.compares_flows and self.loss.asr == 0:
-            yield UserError("loss", "gives every term the weight 0", "Write loss.mse_complete: 0.5, or loss.asr: 1.")
-        if self.loss.asr > 0 and self.text.input == "features":
-            yield UserError("loss.asr", "needs transcripts, and text.input is features", "Write loss.asr: 0.")
-        if self.loss.asr > 0 and self.simulation.rollout == "none":
-            yield UserError(
-                "loss.asr",
-                "has the language model hear the clip, and simulation.rollout is none",
-                "Write simulation.rollout: prefix, or loss.asr: 0.",
-            )
         if self.text.tuning != "frozen" and unused:
             yield UserError(
                 "text.tuning",
                 "trains a language model that nothing uses (text.input: features, simulation.rollout: none)",
                 "Write text.tuning: frozen.",
             )
+        yield from self.loss_conflicts()
         yield from incompatible(self.cases())
+
+    def loss_conflicts(self) -> Iterable[UserError]:
+        """Losses against what there is to train and to judge by."""
+        if not self.loss.compares_flows and self.loss.asr == 0:
+            yield UserError("loss", "gives every term the weight 0", "Write loss.mse_complete: 0.5, or loss.asr: 1.")
+        judges = self.training.select_on
+        if self.loss.asr == 0 and judges == "transcription":
+            yield UserError(
+                "training.select_on", "is transcription, and loss.asr is 0", "Write loss.asr: 1, or select_on: mean."
+            )
+        if self.loss.asr > 0 and not self.loss.compares_flows and judges != "transcription":
+            yield UserError(
+                "training.select_on",
+                f"is {judges}, but no loss trains the flows' predictions",
+                "Write training.select_on: transcription.",
+            )
+        if self.loss.asr > 0 and self.text.input == "features":
+            yield UserError("loss.asr", "needs transcripts, and text.input is features", "Write loss.asr: 0.")
+        if self.simulation.projector is not None and self.simulation.rollout == "none":
+            yield UserError("simulation.projector", "is of no use where simulation.rollout is none", "Leave it out.")
+        if self.loss.asr > 0 and self.simulation.rollout == "none":
+            yield UserError(
+                "loss.asr",
+                "has the language model hear the clip, and simulation.rollout is none",
+                "Write simulation.rollout: prefix, or loss.asr: 0.",
+            )
 
     def cases(self) -> dict[str, Case]:
         """Each pretrained part and the settings around it, as the compatibility rules see them."""

@@ -40,6 +40,11 @@ class SimulationSettings(BaseModel):
     prompt: str = Field(PAPER_PROMPT, description="Prompt after the audio.")
     stack_frames: int = Field(5, ge=1, description="Audio frames stacked into one language model position.")
     projector_width: int = Field(2048, ge=1, description="Hidden width of the projector.")
+    projector: str | None = Field(
+        None,
+        description="Weights the projector starts from: the run directory of a projector pre-training "
+        "(recipes/slam_asr.yaml), a checkpoint of it, or SLAM-LLM's model.pt or pytorch_model.bin. Default: random.",
+    )
 
     @property
     def decodes(self) -> bool:

@@ -19,13 +19,15 @@ NAMES = {
 
 
 def scores_table(scores: dict[str, Any], title: str) -> Table:
-    """Both flows, their gap and the trivial floor, a line per metric."""
+    """Both flows, their gap and the trivial floor, a line per metric; how well the missing flow's text is known."""
     table = Table(title=title)
     for column in ("", "complete", "text missing", "gap", "floor"):
         table.add_column(column, justify="left" if column == "" else "right")
     for name, shown in NAMES.items():
         values = [scores[part].get(name) for part in ("complete", "missing", "gap", "floor")]
         table.add_row(shown, *("–" if value is None else f"{value:.3f}" for value in values))
+    if "transcription" in scores:
+        table.add_row("transcript (nats/token)", "–", f"{scores['transcription']['nats_per_token']:.3f}", "–", "–")
     return table
 
 

@@ -10,14 +10,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
 from dist_train.build import build_collator, build_model, open_split
 from dist_train.costs import clip_costs
-from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, predict, score
+from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, judged, predict, score
 from dist_train.foresight import MEASURED, Foresight, grid
 from dist_train.idle import idle_parts
 from dist_train.llm import load_tokenizer
@@ -34,7 +33,7 @@ from dist_train.step import Stepper, StepResult
 from sharding import checkpoint
 from sharding.agreement import Agreement
 from sharding.census import Census
-from sharding.collectives import any_rank, device, gather_objects, together
+from sharding.collectives import any_rank, gather_objects, together
 from sharding.engine_state import adam
 from sharding.errors import UserError
 from sharding.order import EpochPlan
@@ -55,7 +54,7 @@ class Progress:
     samples: int = 0
     seconds: float = 0.0
     best_step: int | None = None
-    best_mae: float = float("inf")
+    best_score: float = float("inf")
     validations_since_best: int = 0
     set_aside: list[str] = field(default_factory=list)
 
@@ -82,7 +81,8 @@ class Trainer:
         self.foresight = (
             Foresight(recipe, tokenizer, self.train_split, nodes, per_node, run.plan) if self.rank == 0 else None
         )
-        model = build_model(recipe, tokenizer)
+        last = find_checkpoint(run, "last") if resume else None
+        model = build_model(recipe, tokenizer, resumed=last is not None)
         self.collate = build_collator(recipe, tokenizer, model)
         self.phases = Phases()
         self.rollouts = (
@@ -92,13 +92,12 @@ class Trainer:
         )
         self.base = checkpoint.fingerprint(model)
         self.progress = Progress()
-        last = find_checkpoint(run, "last") if resume else None
         if last is not None:
             check_base(model, checkpoint.read_state(last), last)
             checkpoint.load_weights(model, last)
         trainables = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.engine = build_engine(
-            model.to(device()),
+            model,
             build_optimizer(recipe.optimizer, trainables),
             recipe.zero,
             micro_batch=max(map(max, self.plan(0).rows(0))),
@@ -278,15 +277,14 @@ class Trainer:
             costs=self.valid_costs,
         )
         scores = score(predictions, self.train_split.labels)
-        flows = ["complete", "missing"] if recipe.training.select_on == "mean" else [recipe.training.select_on]
-        mae = float(np.mean([scores[flow]["mae"] for flow in flows]))
-        better = mae < progress.best_mae
+        found = judged(scores, recipe.training.select_on)
+        better = found < progress.best_score
         progress.validations_since_best = 0 if better else progress.validations_since_best + 1
         if better:
-            progress.best_step, progress.best_mae = progress.step, mae
+            progress.best_step, progress.best_score = progress.step, found
         if self.rank == 0:
             row = {"kind": "eval", "step": progress.step, "epoch": progress.epoch, "split": "valid"}
-            self.run.log({**row, **{part: scores[part] for part in ("complete", "missing", "floor")}})
+            self.run.log({**row, **{part: value for part, value in scores.items() if part != "gap"}})
         self.save(*(("last", "best") if better else ("last",)))
         display.validation(progress.epoch, scores, better)
 

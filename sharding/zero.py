@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
+
+from sharding.collectives import device
 
 
 class ZeroSettings(BaseModel):
@@ -47,9 +49,11 @@ def build_engine(
     clip_norm: float,
     bf16: bool,
 ) -> Any:
-    """A DeepSpeed engine around `model`; the process group must exist.
+    """A DeepSpeed engine around `model`, which goes to this rank's device; the process group must exist.
 
     Args:
+        model: on the CPU. Under stage 3 its parameters are cut over the ranks one by one: no device, and no process
+            besides what it had read, ever holds all of them.
         micro_batch: rows per rank and micro-step (DeepSpeed only counts with it).
         clip_norm: global gradient norm, 0 for none.
     """
@@ -80,6 +84,12 @@ def build_engine(
         "steps_per_print": 2**31,
         "wall_clock_breakdown": False,
     }
+    if settings.stage == 3:
+        for module in model.modules():
+            module._buffers.update({name: to_device(buffer) for name, buffer in module._buffers.items()})
+        deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.bfloat16 if bf16 else torch.float32)
+    else:
+        model.to(device())
     # All that build_optimizer makes are tested here.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in str(record.msg))
     rates = [group["lr"] for group in optimizer.param_groups]
@@ -90,3 +100,8 @@ def build_engine(
         group["lr"] = rate
     reset_moments(engine)
     return engine
+
+
+def to_device(buffer: Tensor | None) -> Tensor | None:
+    """A module's buffer on this rank's device."""
+    return None if buffer is None else buffer.to(device())

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_train import evaluate
 from dist_train.build import build_collator, build_model, open_split
-from dist_train.evaluate import Predictions, check_base, find_checkpoint, predict, score, write_predictions
+from dist_train.evaluate import Predictions, check_base, find_checkpoint, judged, predict, score, write_predictions
 from dist_train.model import DoubleFlow, Flows
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
@@ -58,6 +58,7 @@ def random_predictions(n: int = 40) -> Predictions:
         complete=complete,
         missing=missing,
         present=rng.random((n, 3)) < 0.5,
+        asr=np.zeros((n, 2)),
         representations={**shown, "label": label[:3]},
         set_aside=[],
     )
@@ -183,3 +184,23 @@ def test_a_checkpoint_of_another_frozen_base_is_refused(shards: Path, tokenizer:
     check_base(model, state, Path("checkpoint"))
     with pytest.raises(UserError, match="checkpoint: was trained on other frozen weights"):
         check_base(build(made.model_copy(update={"seed": 9}), tokenizer), state, Path("checkpoint"))
+
+
+def test_transcription_is_nats_per_token_of_all_clips(shards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    made = recipe(shards, loss={"asr": 1.0}, training={"select_on": "transcription"})
+    model, split = build(made, tokenizer), open_split(made, "test")
+    collate = build_collator(made, tokenizer, model)
+    whole = model(collate([{**split[index], "real": True} for index in range(len(split))])).asr
+    assert whole is not None and (whole[:, 1] == 0).any()  # some clips lack audio or transcript
+    scores = score(run(made, tokenizer), np.zeros(3))
+    assert scores["transcription"]["tokens"] == int(whole[:, 1].sum())
+    expected = float(whole[:, 0].sum() / whole[:, 1].sum())
+    assert scores["transcription"]["nats_per_token"] == pytest.approx(expected, rel=1e-4)
+    assert judged(scores, "transcription") == scores["transcription"]["nats_per_token"]
+
+
+def test_what_selects() -> None:
+    scores: dict[str, dict[str, Any]] = {"complete": {"mae": 1.0}, "missing": {"mae": 2.0}}
+    assert [judged(scores, flow) for flow in ("mean", "complete", "missing")] == [1.5, 1.0, 2.0]
+    with pytest.raises(UserError, match="no clip with audio and transcript"):
+        judged(scores, "transcription")

@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, WavLMConfig, WavLMModel
 
-from dist_train.llm import Block, LanguageModel, Projector, TextFeatures, load_tokenizer
+from dist_train.llm import Block, LanguageModel, TextFeatures, load_tokenizer
 from dist_train.packed import Tokens
+from dist_train.projector import Projector
 from dist_train.rollout import SimulationSettings
 from sharding.errors import UserError
 from tests.dist_train.tiny_llm import LAYERS, WIDTH, all_of, build, imagine, ragged_audio, stock, text_settings

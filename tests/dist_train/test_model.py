@@ -195,6 +195,7 @@ def test_every_batch_gives_every_trainable_parameter_a_gradient(
 
 
 ASR_ALONE = {**dict.fromkeys(("mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"), 0.0), "asr": 1.0}
+JUDGED = {"select_on": "transcription"}
 
 
 @pytest.mark.parametrize("loss", [{"asr": 0.5}, ASR_ALONE])
@@ -213,6 +214,7 @@ def test_asr_gives_every_trainable_parameter_a_gradient(
             audio={"input": audio, "pretrained": pretrained["audio"], "config": None, "tuning": tuning[0]},
             text={"pretrained": pretrained["text"], "config": None, "tuning": tuning[1]},
             loss=loss,
+            training=JUDGED,
         )
         model = build_model(made, tokenizer).train()
         collate = build_collator(made, tokenizer, model)
@@ -235,7 +237,7 @@ def test_asr_is_normalised_by_the_tokens_of_all_micro_steps(
     tokenizer: PreTrainedTokenizerBase, world_of_one: None
 ) -> None:
     """Loss and gradient of unequal micro-batches are those of one batch."""
-    made = recipe(loss=ASR_ALONE)
+    made = recipe(loss=ASR_ALONE, training=JUDGED)
     model, collate = build(made, tokenizer)
     model.train().double()
     samples = clips(made, [*RAGGED, EVERYTHING])
@@ -261,7 +263,7 @@ def test_asr_is_normalised_by_the_tokens_of_all_ranks(tmp_path: Path) -> None:
 
 
 def test_asr_learns(tokenizer: PreTrainedTokenizerBase, world_of_one: None) -> None:
-    made = recipe(loss=ASR_ALONE)
+    made = recipe(loss=ASR_ALONE, training=JUDGED)
     model = build_model(made, tokenizer).train()
     batch = build_collator(made, tokenizer, model)(clips(made, [EVERYTHING] * 6))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)

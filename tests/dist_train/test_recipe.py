@@ -161,7 +161,11 @@ def test_conflicts(path: Path) -> None:
         assert "loss.asr: 0" in errors_of(path, override, "loss.asr=0.1")["loss.asr"].remedy
     nothing = [f"loss.{name}=0" for name in ("mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc")]
     assert "weight 0" in errors_of(path, *nothing)["loss"].problem
-    load_recipe(path, [*nothing, "loss.asr=1"])
+    assert "transcription" in errors_of(path, *nothing, "loss.asr=1")["training.select_on"].remedy
+    load_recipe(path, [*nothing, "loss.asr=1", "training.select_on=transcription"])
+    assert "loss.asr" in errors_of(path, "training.select_on=transcription")["training.select_on"].problem
+    unread = ["text.tuning=frozen", "text.input=features", "simulation.rollout=none", "simulation.projector=x"]
+    assert errors_of(path, *unread).keys() == {"simulation.projector"}
 
 
 def test_a_wrong_value_is_not_followed_by_a_conflict_with_its_default(path: Path) -> None:

@@ -119,7 +119,7 @@ def train(engine: Any, batches: list[Any], cache: RolloutCache | None, settings:
 def asr(folder: Path, data: str) -> dict[str, float]:
     """ASR of unequal clips on two ranks: loss, and distance of the averaged gradient from that of all clips at once."""
     six = dict.fromkeys(("mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"), 0.0)
-    recipe = fit_to_dataset(tiny.recipe(Path(data), loss={**six, "asr": 1.0}))
+    recipe = fit_to_dataset(tiny.recipe(Path(data), loss={**six, "asr": 1.0}, training={"select_on": "transcription"}))
     if dist.get_rank() == 0:
         prepare_tokenizer(recipe, folder / "tokenizer")
     dist.barrier()
@@ -147,7 +147,7 @@ def asr(folder: Path, data: str) -> dict[str, float]:
     expected.backward()
     wanted = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
     distance = (torch.cat(averaged) - wanted).norm() / wanted.norm()
-    counts = gather_objects(float(packed.rows[:, -5].sum()))
+    counts = gather_objects(float(packed.rows[:, -6].sum()))
     return {
         "loss": float(loss.loss),
         "expected": float(expected),
