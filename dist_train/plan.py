@@ -7,6 +7,7 @@ and how long it takes on stated hardware, is arithmetic (sharding.plan_zero, sha
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from dist_train.plan_corpus import Corpus, Load
 from dist_train.plan_model import Clip, build_hollow, hollow_batch, trace_step
-from dist_train.plan_pretrained import tokenizer_of, without_weights
+from dist_train.plan_pretrained import stored_type, tokenizer_of, without_weights
 from dist_train.plan_quantised import scale_bytes
 from dist_train.recipe import Recipe
 from sharding.hardware import GIB, Hardware, ring_bytes, wire_seconds, work_seconds
@@ -27,6 +28,7 @@ from sharding.plan_zero import STAGES
 from sharding.zero import ZeroSettings
 
 FP32 = 4
+ADAPTER = re.compile(r"lora_|vera_")  # parameters that no file of a pretrained model holds
 PROCESS = 2.0 * GIB  # host memory of a rank that has imported torch and DeepSpeed and holds a CUDA context
 WORKER = 0.5 * GIB  # of a data loading process
 UPDATE_TRAFFIC = 28  # bytes per element that Adam reads and writes: weight, gradient, two moments, the copy in bf16
@@ -244,16 +246,22 @@ class Planner:
         )
 
     def loading_bytes(self) -> int:
-        """Host memory of a node while its ranks load: each holds the whole model, random parts in fp32 before they are
-        cast, and the largest weight a second time.
+        """Host memory of a node while its ranks load. Files that hold the recipe's type are mapped, once for all ranks;
+        of another type, or quantised, each rank makes its own copy, weight by weight. What is random starts in fp32.
         """
-        pretrained = {"audio": self.given.audio.pretrained, "llm": self.given.text.pretrained}
-        total, largest = 0.0, 0
+        given = {"audio": self.given.audio.pretrained, "llm": self.given.text.pretrained}
+        mapped = {part for part, name in given.items() if name and stored_type(name) in (None, self.recipe.dtype)}
+        shared, own, largest = 0, 0, 0
         for name, parameter in self.model.named_parameters():
-            read = pretrained.get(name.split(".")[0]) is not None
-            total += parameter.numel() * (parameter.element_size() if read else max(FP32, parameter.element_size()))
-            largest = max(largest, parameter.numel() * FP32)
-        return round(self.per_node * (total + largest + PROCESS + self.recipe.data.workers * WORKER))
+            part, count, size = name.split(".")[0], parameter.numel(), parameter.element_size()
+            read = given.get(part) is not None and not ADAPTER.search(name)
+            if read and part in mapped and parameter.is_floating_point():
+                shared += count * size
+            else:
+                own += count * (size if read else max(FP32, size))
+            largest = max(largest, count * FP32)
+        workers = self.recipe.data.workers * WORKER
+        return round(shared + self.per_node * (own + largest + PROCESS + workers))
 
 
 def optimizer_of(recipe: Recipe, hardware: Hardware) -> Optimizer:

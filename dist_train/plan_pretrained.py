@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from dist_train.llm import load_tokenizer
@@ -53,6 +54,21 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 
 
+# What their files on the hub hold.
+STORED = {"lmsys/vicuna-7b-v1.5": torch.float16, "microsoft/wavlm-large": torch.float32}
+
+
+def stored_type(name: str) -> torch.dtype | None:
+    """Type of the weights in a pretrained model's files, if that is known."""
+    if not Path(name).is_dir() and name in STORED:
+        return STORED[name]
+    try:
+        found = AutoConfig.from_pretrained(name, local_files_only=True).dtype
+    except LOAD_ERRORS:
+        return None
+    return found if isinstance(found, torch.dtype) else None
+
+
 def without_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe with `pretrained` parts given by their configuration, and notes on what was taken from where.
 
@@ -73,6 +89,12 @@ def without_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
                 f"{name}.pretrained",
                 f"{part.pretrained} is a {fields.get('model_type')} model; the planner knows {family} models",
                 f"Describe one of its size in {name}.config.",
+            )
+        stored = stored_type(part.pretrained)
+        if stored not in (None, recipe.dtype):
+            notes.append(
+                f"{part.pretrained} is stored in {str(stored).removeprefix('torch.')}: each rank makes a copy in "
+                f"{recipe.precision} while it loads. Files in {recipe.precision} would be mapped, once per node."
             )
         part.config, part.pretrained = {key: value for key, value in fields.items() if key != "model_type"}, None
         notes += note

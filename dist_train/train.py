@@ -90,7 +90,7 @@ class Trainer:
             if recipe.simulation.rollout == "cached"
             else None
         )
-        self.base = checkpoint.fingerprint(model)
+        self.base = one_base(checkpoint.fingerprint(model))
         self.progress = Progress()
         if last is not None:
             check_base(model, checkpoint.read_state(last), last)
@@ -317,6 +317,29 @@ class Trainer:
             "rollouts": None if self.rollouts is None else self.rollouts.state(),
         }
         checkpoint.save(self.engine, self.run.checkpoints, self.progress.step, state, pointers)
+
+
+def one_base(fingerprint: str) -> str:
+    """The fingerprint of the frozen weights, which every rank read for itself (collective).
+
+    Raises:
+        UserErrors: they are not the same on all ranks.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, found in enumerate(gather_objects(fingerprint)):
+        ranks.setdefault(found, []).append(rank)
+
+    def check() -> None:
+        if len(ranks) > 1:
+            first, other, *_ = ranks.values()
+            raise UserError(
+                "audio.pretrained, text.pretrained",
+                f"hold other frozen weights on rank {other[0]} than on rank {first[0]}",
+                "Give a folder that all nodes share, or the same files on each.",
+            )
+
+    together(check)
+    return fingerprint
 
 
 def peak_bytes() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -52,8 +54,8 @@ def build_engine(
     """A DeepSpeed engine around `model`, which goes to this rank's device; the process group must exist.
 
     Args:
-        model: on the CPU. Under stage 3 its parameters are cut over the ranks one by one: no device, and no process
-            besides what it had read, ever holds all of them.
+        model: on the CPU, its frozen weights the same on all ranks. Under stage 3 its parameters are cut over the ranks
+            one by one: no device ever holds all of them.
         micro_batch: rows per rank and micro-step (DeepSpeed only counts with it).
         clip_norm: global gradient norm, 0 for none.
     """
@@ -95,11 +97,28 @@ def build_engine(
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0  # DeepSpeed may take an empty step, whose weight decay must not act
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    with not_broadcast(parameter for parameter in model.parameters() if not parameter.requires_grad):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     for group, rate in zip(adam(engine).param_groups, rates, strict=True):
         group["lr"] = rate
     reset_moments(engine)
     return engine
+
+
+@contextmanager
+def not_broadcast(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """While active, DeepSpeed does not send these from rank 0 to all: every rank has read them from the same files.
+
+    Pages of a file that a rank only reads stay shared by all ranks of a node; writing the same values would copy them.
+    """
+    marked: list[Any] = list(parameters)
+    for parameter in marked:
+        parameter.ds_optim_param = True  # "unique per rank" to DeepSpeed (runtime/engine.py, _broadcast_model)
+    try:
+        yield
+    finally:
+        for parameter in marked:
+            del parameter.ds_optim_param
 
 
 def to_device(buffer: Tensor | None) -> Tensor | None:

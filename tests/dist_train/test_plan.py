@@ -20,7 +20,7 @@ from dist_train.global_loss import pack
 from dist_train.plan import Plan, Planner, plan_as_is
 from dist_train.plan_corpus import corpus_of, load_of
 from dist_train.plan_model import Clip, build_hollow, hollow_batch, trace_step
-from dist_train.plan_pretrained import KNOWN, without_weights
+from dist_train.plan_pretrained import KNOWN, Sizes, without_weights
 from dist_train.plan_search import make_plan
 from dist_train.plan_table import plan_table
 from dist_train.recipe import Recipe, validate
@@ -184,6 +184,22 @@ def test_quantised_bases_hold_fewer_bits(quantisation: str, bits: int) -> None:
     linear, other = 6.476e9, 2 * 32000 * 4096 * 2 + 0.63e9  # embeddings and output in bf16, and WavLM
     scales = 0.02e9 if quantisation == "int8" else linear / 64 * 1.02
     assert predicted.peak_parts["frozen weights"] == pytest.approx(linear * bits / 8 + other + scales, rel=0.02)
+
+
+def test_files_of_the_recipes_type_are_mapped_once_per_node(tmp_path: Path) -> None:
+    loading = {}
+    for stored in (torch.bfloat16, torch.float16):
+        folder = tmp_path / str(stored)
+        LlamaConfig(
+            hidden_size=1024, num_attention_heads=8, num_hidden_layers=8, vocab_size=32000, dtype=stored
+        ).save_pretrained(folder)
+        recipe = vicuna(text={"pretrained": str(folder)}, widths={"vision": 1024})
+        planner = Planner(recipe, Sizes(32000), H100, 1, 8)
+        loading[stored] = planner.loading_bytes()
+        weights = sum(p.numel() for n, p in planner.model.named_parameters() if "llm" in n and "lora_" not in n)
+        told = [note for note in planner.notes if str(folder) in note]
+        assert bool(told) == (stored is torch.float16)
+    assert loading[torch.float16] - loading[torch.bfloat16] == 7 * 2 * weights
 
 
 def test_known_shapes_are_whole() -> None:
