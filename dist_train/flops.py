@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dist_train.plan import Planner
-from dist_train.plan_corpus import Load
+from dist_train.plan_model import Clip
 from dist_train.recipe import Recipe
 from sharding.hardware import Hardware
 from sharding.order import EpochPlan
@@ -49,26 +49,29 @@ class FlopRates:
         return self.position * positions + self.squared * squares + self.passage * passages
 
 
-def flop_rates(recipe: Recipe, tokenizer: Any, hardware: Hardware, load: Load) -> FlopRates:
-    """Traces two micro-batches of an epoch, a typical one and the one that takes most.
+def flop_rates(
+    recipe: Recipe, tokenizer: Any, hardware: Hardware, micro_batches: Sequence[Sequence[Clip]]
+) -> FlopRates:
+    """Traces some micro-batches.
 
     Args:
         recipe: resolved (feature widths filled in).
         tokenizer: of the run.
         hardware: whose kernels run.
+        micro_batches: say, a typical one and the one that takes most.
     """
     recipe = recipe.model_copy(deep=True)
     recipe.audio.activation_checkpointing = recipe.text.activation_checkpointing = False
     planner = Planner(recipe, tokenizer, hardware, 1, 1)
     rows, done, spoken, passages = [], [], 0, 0
-    for clips in (load.typical[0], load.worst):
+    for clips in micro_batches:
         micro = planner.trace(clips, len(clips), zero3=False)
         work = [one for one in micro.trace.work if one.phase != "decode"]
         read = sum(one.flops * one.times for one in work if one.part == "llm")
         rows.append([micro.clips * micro.longest, micro.clips * micro.longest**2])
         done.append(sum(one.flops * one.times for one in work) - read)
         spoken, passages = spoken + read, passages + micro.passages
-    # Two micro-batches of like length tell the two rates not apart: then the smallest that explain both.
+    # Micro-batches of like length tell the two rates not apart: then the smallest that explain them.
     scale = np.max(np.abs(rows), axis=0)
     position, squared = np.linalg.lstsq(np.array(rows) / scale, np.array(done, dtype=float), rcond=1e-6)[0] / scale
     return FlopRates(float(position), float(squared), spoken / max(passages, 1))

@@ -57,7 +57,7 @@ class Foresight:
         planner = Planner(self.recipe, tokenizer, hardware, nodes, per_node)
         load = load_of(self.recipe, self.corpus, self.world)
         plan_as_is(planner, self.corpus, load).write(self.path)
-        self.rates = flop_rates(self.recipe, tokenizer, hardware, load)
+        self.rates = flop_rates(self.recipe, tokenizer, hardware, [load.typical[0], load.worst])
         self.peak = matrix_rate(self.recipe.dtype, device())
         if self.recipe.audio.input == "waveform":
             seconds = audio_seconds(self.recipe, self.corpus.columns)
