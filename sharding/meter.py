@@ -65,5 +65,6 @@ class Meter(TorchDispatchMode):
 def live_storages() -> list[torch.UntypedStorage]:
     """Every storage in this process, once per tensor."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, Tensor)]
+    # By type: to ask some objects for their class wakes them up (torch's deprecated names warn).
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
     return [tensor.untyped_storage() for tensor in tensors if tensor.layout == torch.strided and not tensor.is_meta]

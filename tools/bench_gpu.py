@@ -101,16 +101,18 @@ def recipe_of(case: str, size: str, precision: str) -> Recipe:
     return validate(values)
 
 
-def random_batch(recipe: Recipe, model: DoubleFlow, clips: list[Clip], draw: np.random.Generator) -> Batch:
+def random_batch(
+    recipe: Recipe, model: DoubleFlow, clips: list[Clip], draw: np.random.Generator, vocabulary: int
+) -> Batch:
     """The micro-batch that `Collator` makes of such clips, with random content."""
 
     def floats(length: int, width: int | None) -> np.ndarray:
         return draw.standard_normal(length if width is None else (length, width)).astype(np.float32) / 10
 
     audio = pad([floats(clip.audio, None) for clip in clips], None, model.audio.minimum_samples)
-    text = pad([draw.integers(3, VOCABULARY, clip.text) for clip in clips], None, 1)
+    text = pad([draw.integers(3, vocabulary, clip.text) for clip in clips], None, 1)
     vision = pad([floats(clip.vision, recipe.widths.vision) for clip in clips], recipe.widths.vision, 1)
-    answer = pad([draw.integers(3, VOCABULARY, clip.answer) for clip in clips], None, 1)
+    answer = pad([draw.integers(3, vocabulary, clip.answer) for clip in clips], None, 1)
     batch = Batch(
         audio=audio[0], audio_mask=audio[1], audio_present=audio[2],
         text=text[0].long(), text_mask=text[1], text_present=text[2],
@@ -152,7 +154,7 @@ def run_case(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     steps = arguments.warm_up + arguments.steps
     chosen = draw.choice(len(columns.key), (steps, arguments.clips), replace=False)
     clips = [[clip_of(recipe, columns, int(index)) for index in row] for row in chosen]
-    batches = [random_batch(recipe, model, row, draw) for row in clips]
+    batches = [random_batch(recipe, model, row, draw, VOCABULARY) for row in clips]
     profile = PROFILES[here()]
     by_length = sorted(clips, key=lambda row: max(clip.audio for clip in row))
     rates = flop_rates(recipe, Sizes(VOCABULARY), profile, [by_length[len(by_length) // 2], by_length[-1]])
