@@ -332,7 +332,7 @@ def planned_memory(parts: dict[str, float], measured: float) -> Figure:
     unit, name = next(((size, name) for size, name in SIZES if sum(parts.values()) >= size), SIZES[-1])
     left = 0.0
     for (part, size), shade in zip(sorted(parts.items(), key=lambda item: -item[1]), shades, strict=False):
-        label = f"{part} ({size / unit:.2g} {name})"
+        label = f"{part} ({size / unit:.3g} {name})"
         axes.barh("foretold", size / unit, left=left, color=shade, height=0.55, label=label)
         left += size / unit
     bars = axes.barh("measured", measured / unit, color=NEUTRAL, height=0.55)

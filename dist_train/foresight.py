@@ -94,7 +94,10 @@ class Foresight:
             [clip_of(self.recipe, self.corpus.columns, index) for index, _ in plan.micro_batch(epoch_step, micro, 0)]
             for micro in range(plan.micro_steps(epoch_step))
         ]
-        foretold = self.planner.predict(clips, rank=0)
+        rows = plan.rows(epoch_step)  # of each rank in each micro-step: the loss pads them to the most of any rank
+        exact = self.recipe.training.accumulated_loss == "exact"
+        most = max(map(sum, zip(*rows, strict=True))) if exact else sum(map(max, rows))
+        foretold = self.planner.predict(clips, rank=0, gathered=most)
         self.planner.traces.clear()
         self.write(
             Measured(

@@ -125,6 +125,7 @@ class Planner:
         typical: Sequence[Sequence[Clip]] | None = None,
         load: Load | None = None,
         rank: int | None = None,
+        gathered: int | None = None,
     ) -> Prediction:
         """Foretells a step.
 
@@ -134,6 +135,8 @@ class Planner:
             typical: micro-batches that decide time; default: the same.
             load: of an epoch, for its duration.
             rank: whose memory; default: the last, which holds most.
+            gathered: rows that each rank gives to the exchanges of the loss, padding included; default: as many as it has
+                clips.
         """
         recipe, zero = self.recipe, zero or self.recipe.zero
         steps = len(micro_batches)
@@ -149,7 +152,7 @@ class Planner:
             varies=recipe.simulation.decodes,
             inputs=(sum if exact else max)(one.batch_bytes for one in traced),
             scales=self.scales,
-            exchanged=self.world * sum(one.clips * one.row_bytes for one in traced),
+            exchanged=self.world * traced[0].row_bytes * (gathered or sum(one.clips for one in traced)),
             decoding=self.decoding,
         )
         rank = self.world - 1 if rank is None else rank

@@ -242,6 +242,14 @@ def test_stages_and_micro_steps_trade_memory(corpus: Path, tokenizer: PreTrained
     assert twice.seconds["compute"] > predicted[2].seconds["compute"]
 
 
+def test_ranks_with_fewer_clips_exchange_as_many_rows(corpus: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    planner = Planner(fit_to_dataset(tiny.recipe(corpus)), tokenizer, H100, 1, 4)
+    clips = [[Clip(9000, 8, 5, 4)] * 3]
+    plain, padded = (planner.predict(clips, gathered=rows).wire_bytes["all_gather"] for rows in (None, 5))
+    row = planner.trace(clips[0], 12, zero3=False).row_bytes
+    assert padded - plain == 4 * 2 * row > 0
+
+
 def test_offload_moves_state_to_the_host(corpus: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     recipe = fit_to_dataset(tiny.recipe(corpus, text={"config": WIDE}, zero=BUCKET))
     planner = Planner(recipe, tokenizer, H100, 1, 4)
