@@ -135,8 +135,7 @@ class Planner:
             typical: micro-batches that decide time; default: the same.
             load: of an epoch, for its duration.
             rank: whose memory; default: the last, which holds most.
-            gathered: rows that each rank gives to the exchanges of the loss, padding included; default: as many as it has
-                clips.
+            gathered: rows, padding included, that each rank gives to the exchanges of the loss; default: its clips.
         """
         recipe, zero = self.recipe, zero or self.recipe.zero
         steps = len(micro_batches)
