@@ -192,6 +192,29 @@ def check_base(model: nn.Module, state: dict[str, Any], checkpoint: Path) -> Non
         )
 
 
+def one_base(fingerprint: str) -> str:
+    """The fingerprint of the frozen weights, which every rank read for itself (collective).
+
+    Raises:
+        UserErrors: they are not the same on all ranks.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, found in enumerate(gather_objects(fingerprint)):
+        ranks.setdefault(found, []).append(rank)
+
+    def check() -> None:
+        if len(ranks) > 1:
+            first, other, *_ = ranks.values()
+            raise UserError(
+                "audio.pretrained, text.pretrained",
+                f"hold other frozen weights on rank {other[0]} than on rank {first[0]}",
+                "Give a folder that all nodes share, or the same files on each.",
+            )
+
+    together(check)
+    return fingerprint
+
+
 def evaluate_checkpoint(run: RunDirectory, recipe: Recipe, checkpoint: Path, split_name: str) -> dict[str, Any]:
     """Evaluates a checkpoint on a split and writes the predictions; returns the scores (collective)."""
     model, collate = load_trained(run, recipe, checkpoint)

@@ -58,7 +58,7 @@ def flop_rates(
         recipe: resolved (feature widths filled in).
         tokenizer: of the run.
         hardware: whose kernels run.
-        micro_batches: say, a typical one and the one that takes most.
+        micro_batches: of lengths as unlike as they come.
     """
     recipe = recipe.model_copy(deep=True)
     recipe.audio.activation_checkpointing = recipe.text.activation_checkpointing = False
@@ -71,24 +71,30 @@ def flop_rates(
         rows.append([micro.clips * micro.longest, micro.clips * micro.longest**2])
         done.append(sum(one.flops * one.times for one in work) - read)
         spoken, passages = spoken + read, passages + micro.passages
-    # Micro-batches of like length tell the two rates not apart: then the smallest that explain them.
-    scale = np.max(np.abs(rows), axis=0)
-    position, squared = np.linalg.lstsq(np.array(rows) / scale, np.array(done, dtype=float), rcond=1e-6)[0] / scale
-    return FlopRates(float(position), float(squared), spoken / max(passages, 1))
+    return FlopRates(*not_negative(np.array(rows, dtype=float), np.array(done, dtype=float)), spoken / max(passages, 1))
 
 
-def audio_of_step(plan: EpochPlan, step: int, world: int, positions: np.ndarray) -> list[tuple[int, int]]:
+def not_negative(rows: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """The two rates from 0 on that explain the values best (least squares): both, or only one of them."""
+    tried = []
+    for kept in ([0, 1], [0], [1]):
+        scale = rows[:, kept].max(0)
+        found, *_ = np.linalg.lstsq(rows[:, kept] / scale, values, rcond=1e-6)
+        rates = np.zeros(2)
+        rates[kept] = found / scale
+        if (rates >= 0).all():
+            tried.append((float(np.square(rows @ rates - values).sum()), float(rates[0]), float(rates[1])))
+    _, position, squared = min(tried)
+    return position, squared
+
+
+def audio_of_step(plan: EpochPlan, step: int, positions: np.ndarray) -> list[tuple[int, int]]:
     """(clips, audio positions of the longest) of every micro-batch of all ranks in a step.
 
     Args:
         positions: [n] audio positions of each training clip.
     """
-    found = []
-    for micro in range(plan.micro_steps(step)):
-        for rank in range(world):
-            rows = [index for index, _ in plan.micro_batch(step, micro, rank)]
-            found.append((len(rows), int(positions[rows].max())))
-    return found
+    return [(len(rows), int(positions[rows].max())) for _, _, rows in plan.micro_batches(step)]
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:

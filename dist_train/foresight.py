@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ MEASURED = 3  # step of a process that is measured: by then all is allocated, an
 
 
 class Foresight:
-    """Rank 0's plan of its run. A model that cannot be planned is trained all the same, without plan and MFU.
+    """Rank 0's plan of its run, and what the run takes. Whatever the planner or the disk refuses is told once and ends
+    the foresight, not the training.
 
     Args:
         recipe: resolved.
         tokenizer: of the run.
         split: training split.
         nodes, per_node: ranks.
-        path: of plan.json.
+        path: of plan.json; what an earlier part of the run has measured is kept.
     """
 
     def __init__(
@@ -45,27 +47,38 @@ class Foresight:
         self.recipe, self.path, self.world = recipe, path, nodes * per_node
         self.corpus = Corpus(split.columns, recipe.data.path)
         self.rates: FlopRates | None = None
-        self.peak = 0.0
+        self.meter: Meter | None = None
+        self.attempt(partial(self.foretell, tokenizer, PROFILES[here()], nodes, per_node))
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        """Runs what no training may fail of."""
         try:
-            self.foretell(tokenizer, PROFILES[here()], nodes, per_node)
-        except Exception as error:  # whatever the planner stumbles over is no reason not to train
+            action()
+        except Exception as error:  # the planner runs the model's code on any recipe: nothing can be ruled out
+            self.rates = None
             reason = " ".join(str(error).split()) or type(error).__name__
             Console(stderr=True).print(f"This run has no plan and no MFU: {reason}", markup=False)
 
     def foretell(self, tokenizer: Any, hardware: Hardware, nodes: int, per_node: int) -> None:
         """Writes what is foretold, and finds what a step computes and the device can."""
-        planner = Planner(self.recipe, tokenizer, hardware, nodes, per_node)
+        self.planner = Planner(self.recipe, tokenizer, hardware, nodes, per_node)
         load = load_of(self.recipe, self.corpus, self.world)
-        plan_as_is(planner, self.corpus, load).write(self.path)
-        self.rates = flop_rates(self.recipe, tokenizer, hardware, [load.typical[0], load.worst])
-        self.peak = matrix_rate(self.recipe.dtype, device())
+        plan = plan_as_is(self.planner, self.corpus, load)
+        plan.model_copy(update={"measured": self.known()}).write(self.path)
+        self.planner.traces.clear()
         if self.recipe.audio.input == "waveform":
             seconds = audio_seconds(self.recipe, self.corpus.columns)
-            self.positions = np.maximum(np.round(seconds * SAMPLE_RATE), planner.model.audio.minimum_samples)
+            self.positions = np.maximum(np.round(seconds * SAMPLE_RATE), self.planner.model.audio.minimum_samples)
         else:
             self.positions = np.array([max(frames or 0, 1) for frames in self.corpus.columns.audio_frames])
-        planner.traces.clear()
-        self.planner = planner
+        self.peak = matrix_rate(self.recipe.dtype, device())
+        self.rates = flop_rates(self.recipe, tokenizer, hardware, [load.typical[0], load.worst, load.lightest])
+
+    def known(self) -> Measured | None:
+        """What plan.json holds of an earlier part of this run."""
+        if not self.path.is_file():
+            return None
+        return Plan.model_validate_json(self.path.read_text(encoding="utf-8")).measured
 
     def arithmetic(self, plan: EpochPlan, epoch_step: int, passages: int, seconds: float) -> dict[str, float | None]:
         """flops: of a step over all ranks; mfu: its share of what matrix products of this type reach on the devices.
@@ -76,33 +89,39 @@ class Foresight:
         """
         if self.rates is None:
             return {"flops": None, "mfu": None}
-        flops = self.rates.of(audio_of_step(plan, epoch_step, self.world, self.positions), passages)
+        flops = self.rates.of(audio_of_step(plan, epoch_step, self.positions), passages)
         return {"flops": flops, "mfu": flops / (seconds * self.peak * self.world)}
 
     @contextmanager
-    def measured(self, plan: EpochPlan, epoch_step: int, step: int) -> Iterator[None]:
-        """Measures the step run inside and puts it into plan.json, beside what is foretold for its clips."""
+    def metered(self) -> Iterator[None]:
+        """Measures the step that runs inside."""
         if self.rates is None:
             yield
             return
-        cuda = torch.cuda.is_available()
-        if cuda:
+        if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        with Meter() as meter:
+        with Meter() as self.meter:
             yield
-        clips = [
-            [clip_of(self.recipe, self.corpus.columns, index) for index, _ in plan.micro_batch(epoch_step, micro, 0)]
-            for micro in range(plan.micro_steps(epoch_step))
-        ]
-        rows = plan.rows(epoch_step)  # of each rank in each micro-step: the loss pads them to the most of any rank
+
+    def compare(self, plan: EpochPlan, epoch_step: int, step: int) -> None:
+        """Puts what was measured into plan.json, beside what is foretold for the clips of that step."""
+        if self.meter is not None:
+            self.attempt(partial(self.write_step, plan, epoch_step, step, self.meter))
+            self.meter = None
+
+    def write_step(self, plan: EpochPlan, epoch_step: int, step: int, meter: Meter) -> None:
+        """See `compare`."""
+        own = [rows for _, rank, rows in plan.micro_batches(epoch_step) if rank == 0]
+        clips = [[clip_of(self.recipe, self.corpus.columns, index) for index in rows] for rows in own]
+        counts = plan.rows(epoch_step)  # of each rank in each micro-step: the loss pads them to the most of any rank
         exact = self.recipe.training.accumulated_loss == "exact"
-        most = max(map(sum, zip(*rows, strict=True))) if exact else sum(map(max, rows))
+        most = max(map(sum, zip(*counts, strict=True))) if exact else sum(map(max, counts))
         foretold = self.planner.predict(clips, rank=0, gathered=most)
         self.planner.traces.clear()
         self.write(
             Measured(
                 step=step,
-                peak_bytes=torch.cuda.max_memory_allocated() if cuda else meter.peak,
+                peak_bytes=torch.cuda.max_memory_allocated() if torch.cuda.is_available() else meter.peak,
                 foretold_peak_bytes=foretold.peak_bytes,
                 foretold_peak_parts=foretold.peak_parts,
                 wire_bytes=meter.wire,
@@ -112,11 +131,14 @@ class Foresight:
 
     def close(self, speed: dict[str, Any]) -> None:
         """Puts the mean step and the MFU of the finished run into plan.json."""
-        if self.rates is None:
-            return
-        measured = Plan.model_validate_json(self.path.read_text(encoding="utf-8")).measured
+        if self.rates is not None:
+            self.attempt(partial(self.write_pace, speed))
+
+    def write_pace(self, speed: dict[str, Any]) -> None:
+        """See `close`."""
+        measured = self.known()
         if measured is not None:
-            self.write(measured.model_copy(update={"step_seconds": speed.get("step_seconds"), "mfu": speed.get("mfu")}))
+            self.write(measured.model_copy(update={name: speed.get(name) for name in ("step_seconds", "mfu")}))
 
     def write(self, measured: Measured) -> None:
         """Replaces what was measured."""
@@ -125,6 +147,8 @@ class Foresight:
 
 
 def grid() -> tuple[int, int]:
-    """Nodes, and ranks of each; of the fullest, where they differ (collective)."""
+    """Nodes, and ranks of each; where they hold unequal numbers, each rank counts as a node (collective)."""
     ranks = Counter(gather_objects(platform.node()))
+    if len(set(ranks.values())) > 1:
+        return sum(ranks.values()), 1
     return len(ranks), max(ranks.values())

@@ -333,8 +333,10 @@ class Plan(BaseModel):
     measured: Measured | None = Field(None, description="What a run took.")
 
     def write(self, path: Path) -> None:
-        """As JSON."""
-        path.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        """As JSON, whole or not at all."""
+        temporary = path.with_name(path.name + ".new")
+        temporary.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        temporary.replace(path)
 
 
 def plan_as_is(planner: Planner, corpus: Corpus, load: Load) -> Plan:

@@ -48,7 +48,7 @@ class Load(NamedTuple):
     """How the clips of an epoch fall on the ranks.
 
     Args:
-        worst: the micro-batch that takes most.
+        worst, lightest: the micro-batches that take most and least.
         typical: of the step in the middle, the micro-batch of the slowest rank, for each micro-step.
         micro_steps: per optimizer step, on average.
         steps: optimizer steps per epoch.
@@ -57,6 +57,7 @@ class Load(NamedTuple):
     """
 
     worst: list[Clip]
+    lightest: list[Clip]
     typical: list[list[Clip]]
     micro_steps: float
     steps: int
@@ -100,7 +101,10 @@ def mosei(recipe: Recipe) -> Columns:
 
 
 def clip_of(recipe: Recipe, columns: Columns, index: int) -> Clip:
-    """Lengths of one clip as the model sees them."""
+    """Lengths of one clip as the model sees them; nothing is left of one that will be set aside."""
+    too_long = recipe.audio.input == "waveform" and (columns.audio_seconds[index] or 0) > recipe.audio.max_seconds
+    if too_long and recipe.data.on_bad_sample == "set_aside":
+        return Clip(0, 0, columns.vision_frames[index] or 0, 1)
     if recipe.audio.input == "waveform":
         audio = round((columns.audio_seconds[index] or 0) * SAMPLE_RATE)
     else:
@@ -133,13 +137,10 @@ def load_of(recipe: Recipe, corpus: Corpus, world: int) -> Load:
     slots: dict[tuple[int, int, int], np.ndarray] = {}
     looked_at = min(plan.steps, LOOKED_AT)
     for step in range(looked_at):
-        for micro in range(plan.micro_steps(step)):
-            for rank in range(world):
-                rows = plan.micro_batch(step, micro, rank)
-                slots[step, micro, rank] = np.array([index for index, _ in rows])
+        slots.update({(step, micro, rank): np.array(rows) for micro, rank, rows in plan.micro_batches(step)})
     padded = {place: len(rows) * seconds[rows].max() for place, rows in slots.items()}
     packed = {place: words[rows].sum() for place, rows in slots.items()}
-    most_padded, most_packed = max(padded.values()), max(packed.values())
+    most_padded, most_packed = max(*padded.values(), 1e-9), max(*packed.values(), 1e-9)  # nothing is read: no tokens
     weight = {place: padded[place] / most_padded + packed[place] / most_packed for place in slots}
 
     slowest: dict[tuple[int, int], tuple[float, int]] = {}
@@ -156,6 +157,7 @@ def load_of(recipe: Recipe, corpus: Corpus, world: int) -> Load:
     worst = max(weight, key=weight.__getitem__)
     return Load(
         clips(worst),
+        clips(min(weight, key=weight.__getitem__)),
         [clips((middle, micro, slowest[middle, micro][1])) for micro in range(plan.micro_steps(middle))],
         sum(plan.micro_steps(step) for step in range(looked_at)) / looked_at,
         plan.steps,

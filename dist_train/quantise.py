@@ -68,7 +68,9 @@ def quantised(layer: nn.Linear, quantisation: Quantisation, int8_threshold: floa
         new = package.nn.Linear8bitLt(
             layer.in_features, layer.out_features, has_fp16_weights=False, threshold=int8_threshold, **shape
         )
-        weight = package.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        # From the CPU: Int8Params quantises on its way to a GPU, not what is there already.
+        start = layer.weight.data.cpu() if layer.weight.is_cuda else layer.weight.data
+        weight = package.nn.Int8Params(start, requires_grad=False, has_fp16_weights=False)
     else:
         new = package.nn.Linear4bit(
             layer.in_features, layer.out_features, compute_dtype=dtype, quant_type="nf4", **shape

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from dist_train.build import fit_to_dataset, open_split, prepare_tokenizer
 from dist_train.evaluate import evaluate_checkpoint, find_checkpoint
+from dist_train.notes import column
 from dist_train.recipe import Recipe, load_recipe, write_recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.tables import scores_table
@@ -110,7 +111,15 @@ def check_size(recipe: Recipe) -> None:
         UserError: see `check_world_size` and `open_split`.
     """
     clips = len(open_split(recipe, "train"))
-    open_split(recipe, "valid")
+    valid = open_split(recipe, "valid")
+    if recipe.training.select_on == "transcription":
+        spoken = zip(column(recipe, valid, "audio"), column(recipe, valid, "text"), strict=True)
+        if not any(audio is not None and text is not None for audio, text in spoken):
+            raise UserError(
+                "training.select_on",
+                "is transcription, but no validation clip has both audio and transcript",
+                "Add such clips to the valid split.",
+            )
     check_world_size(
         recipe.data.path,
         clips,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-WARM_UP = 3  # steps not counted: compilation, first allocations, the one that is measured for plan.json
+WARM_UP = 2  # steps not counted: compilation, first allocations
 
 
 def read_steps(metrics: Path) -> list[dict[str, Any]]:
@@ -16,7 +16,7 @@ def read_steps(metrics: Path) -> list[dict[str, Any]]:
 
 
 def speed(steps: list[dict[str, Any]]) -> dict[str, Any]:
-    """Totals over all steps but the first three (over all, if there are no more).
+    """Totals over all steps but the first two and those measured for plan.json (over all, if there are no more).
 
     Returns:
         step_seconds (mean), clips_per_second, tokens_per_second (language model positions; all ranks), data_share (of
@@ -24,7 +24,7 @@ def speed(steps: list[dict[str, Any]]) -> dict[str, Any]:
         padding_share (of rank 0's audio positions), micro_steps (per step), mfu (share of what matrix products reach
         on these devices; None if unknown).
     """
-    steps = steps[WARM_UP:] or steps
+    steps = [row for row in steps[WARM_UP:] if not row.get("measured")] or steps
     if not steps:
         return {}
     seconds = sum(row["step_seconds"] for row in steps)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from dist_train.build import build_collator, build_model, open_split
 from dist_train.costs import clip_costs
-from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, judged, predict, score
+from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, judged, one_base, predict, score
 from dist_train.foresight import MEASURED, Foresight, grid
 from dist_train.idle import idle_parts
 from dist_train.llm import load_tokenizer
@@ -114,6 +114,7 @@ class Trainer:
                 run.rewind(self.progress.step)
 
         self.started = started = self.progress.step
+        self.peak = 0
         self.stepper = Stepper(
             self.engine,
             recipe.loss,
@@ -196,10 +197,12 @@ class Trainer:
                 return batch
 
             rate = self.learning_rate(progress.step, progress.epoch)
-            with measured(self.phases), self.observed(plan, epoch_step):
+            measures = progress.step + 1 == self.started + MEASURED
+            with measured(self.phases), self.observed(measures):
                 result = self.step(next_batch, plan, epoch_step, rate)
             phases = self.phases.read()
             seconds = time.perf_counter() - started
+            self.peak = max(self.peak, peak_bytes())
             progress.step += 1
             progress.epoch_step += 1
             progress.samples += len(plan.batch(epoch_step))
@@ -223,9 +226,11 @@ class Trainer:
                         "phases": phases,
                         "step_seconds": seconds,
                         "data_seconds": waited,
-                        "peak_bytes": peak_bytes(),
+                        "peak_bytes": self.peak,
+                        **({"measured": True} if measures else {}),  # slower than others
                     }
                 )
+                self.foresight.compare(plan, epoch_step, progress.step)
             display.step(progress.step, result.loss, len(plan.batch(epoch_step)) / seconds)
             yield
 
@@ -243,12 +248,12 @@ class Trainer:
         return self.stepper.run(next_batch, rows, clips, step=progress.step, epoch=progress.epoch)
 
     @contextmanager
-    def observed(self, plan: EpochPlan, epoch_step: int) -> Iterator[None]:
+    def observed(self, measures: bool) -> Iterator[None]:
         """On rank 0, measures one step for plan.json, and traces the one that `training.profile_step` names."""
         number = self.progress.step + 1
         with ExitStack() as stack:
-            if self.foresight is not None and number == self.started + MEASURED:
-                stack.enter_context(self.foresight.measured(plan, epoch_step, number))
+            if self.foresight is not None and measures:
+                stack.enter_context(self.foresight.metered())
             if self.rank == 0 and number == self.recipe.training.profile_step:
                 trace = str(self.run.path / f"trace_step_{number}.json.gz")
                 stack.enter_context(
@@ -319,29 +324,6 @@ class Trainer:
         checkpoint.save(self.engine, self.run.checkpoints, self.progress.step, state, pointers)
 
 
-def one_base(fingerprint: str) -> str:
-    """The fingerprint of the frozen weights, which every rank read for itself (collective).
-
-    Raises:
-        UserErrors: they are not the same on all ranks.
-    """
-    ranks: dict[str, list[int]] = {}
-    for rank, found in enumerate(gather_objects(fingerprint)):
-        ranks.setdefault(found, []).append(rank)
-
-    def check() -> None:
-        if len(ranks) > 1:
-            first, other, *_ = ranks.values()
-            raise UserError(
-                "audio.pretrained, text.pretrained",
-                f"hold other frozen weights on rank {other[0]} than on rank {first[0]}",
-                "Give a folder that all nodes share, or the same files on each.",
-            )
-
-    together(check)
-    return fingerprint
-
-
 def peak_bytes() -> int:
     """Most memory held so far: of the GPU, or of this process on a CPU."""
     if torch.cuda.is_available():
@@ -372,7 +354,6 @@ def train(recipe: Recipe, run: RunDirectory, *, resume: bool) -> bool:
             splits["test"] = evaluate_checkpoint(run, recipe, best, "test")
     if foresight is not None:
         pace = speed(read_steps(run.metrics))
-        foresight.close(pace)
         summary = {
             "best_step": progress.best_step,
             "selected_on": "valid",
@@ -390,4 +371,5 @@ def train(recipe: Recipe, run: RunDirectory, *, resume: bool) -> bool:
             "notes": shortcomings(recipe, train_split, progress.set_aside, splits),
         }
         run.summary.write_text(json.dumps(summary, indent=1))
+        foresight.close(pace)
     return True

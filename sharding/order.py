@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -129,14 +130,25 @@ class EpochPlan:
         Raises:
             IndexError: step, micro or rank is out of range.
         """
-        batch = self.batch(step)
         if not (0 <= micro < self.micro_steps(step) and 0 <= rank < self.world_size):
             raise IndexError(f"micro {micro} of {self.micro_steps(step)}, rank {rank} of {self.world_size}")
-        mine = self.layout(step)[micro][rank]
-        if self.costs:
-            return [(index, True) for index in mine] or [(cheapest(batch, self.costs), False)]
-        filler = mine[0] if mine else int(batch[(micro * self.world_size + rank) % len(batch)])
-        return [(index, True) for index in mine] + [(filler, False)] * (self.rows(step)[micro][rank] - len(mine))
+        return self._filled(step, micro, rank, self.rows(step)[micro][rank])
+
+    def micro_batches(self, step: int) -> Iterator[tuple[int, int, list[int]]]:
+        """(micro-step, rank, sample indices) of every slot of a step, fillers included."""
+        for micro, counts in enumerate(self.rows(step)):
+            for rank, count in enumerate(counts):
+                yield micro, rank, [index for index, _ in self._filled(step, micro, rank, count)]
+
+    def _filled(self, step: int, micro: int, rank: int, rows: int) -> list[tuple[int, bool]]:
+        batch, mine = self.batch(step), self.layout(step)[micro][rank]
+        if mine:
+            filler = mine[0]
+        elif self.costs:
+            filler = cheapest(batch, self.costs)
+        else:
+            filler = int(batch[(micro * self.world_size + rank) % len(batch)])
+        return [(index, True) for index in mine] + [(filler, False)] * (rows - len(mine))
 
 
 def spread(batch: np.ndarray, world_size: int, accumulation: int) -> Layout:

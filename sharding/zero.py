@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from sharding.collectives import device
 
+QUANTISED = ("Linear4bit", "Linear8bitLt")  # layers of bitsandbytes
+
 
 class ZeroSettings(BaseModel):
     """ZeRO (arXiv 1910.02054): which state is sharded over ranks."""
@@ -55,7 +57,7 @@ def build_engine(
 
     Args:
         model: on the CPU, its frozen weights the same on all ranks. Under stage 3 its parameters are cut over the ranks
-            one by one: no device ever holds all of them.
+            one by one: no device ever holds all of them, quantised ones excepted.
         micro_batch: rows per rank and micro-step (DeepSpeed only counts with it).
         clip_norm: global gradient norm, 0 for none.
     """
@@ -88,6 +90,8 @@ def build_engine(
     }
     if settings.stage == 3:
         for module in model.modules():
+            if type(module).__name__ in QUANTISED:  # their scales are neither parameters nor buffers
+                module.to(device())
             module._buffers.update({name: to_device(buffer) for name, buffer in module._buffers.items()})
         deepspeed.zero.Init(module=model, config_dict_or_path=config, dtype=torch.bfloat16 if bf16 else torch.float32)
     else:
@@ -107,7 +111,8 @@ def build_engine(
 
 @contextmanager
 def not_broadcast(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """While active, DeepSpeed does not send these from rank 0 to all: every rank has read them from the same files.
+    """While active, DeepSpeed does not send these from rank 0 to all (stages 0 to 2; in stage 3 zero.Init sends each
+    parameter as it cuts it): every rank has read them from the same files.
 
     Pages of a file that a rank only reads stay shared by all ranks of a node; writing the same values would copy them.
     """

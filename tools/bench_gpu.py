@@ -18,6 +18,7 @@ import copy
 import datetime
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -295,8 +296,8 @@ def main() -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; to see that it runs: --device cpu --size tiny --steps 2")
     if arguments.only:
-        print(json.dumps(run_case(arguments.only, arguments)))
-        return
+        print(json.dumps(run_case(arguments.only, arguments)), flush=True)
+        os._exit(0)  # interpreter shutdown after a process group now and then aborts although all work is done
     around, found = surroundings(arguments.device), []
     for case in arguments.cases or CASES:
         command = [

@@ -14,6 +14,7 @@ from dist_train import evaluate
 from dist_train.build import build_collator, build_model, open_split
 from dist_train.evaluate import Predictions, check_base, find_checkpoint, judged, predict, score, write_predictions
 from dist_train.model import DoubleFlow, Flows
+from dist_train.rank import check_size
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from sharding.checkpoint import fingerprint
@@ -204,3 +205,11 @@ def test_what_selects() -> None:
     assert [judged(scores, flow) for flow in ("mean", "complete", "missing")] == [1.5, 1.0, 2.0]
     with pytest.raises(UserError, match="no clip with audio and transcript"):
         judged(scores, "transcription")
+
+
+def test_transcription_cannot_select_without_clips_that_are_spoken_and_written(tmp_path: Path) -> None:
+    lacking = tiny.write_corpus(tmp_path / "shards", train=11, valid=1)  # that one has no transcript
+    judged_by = {"loss": {"asr": 1.0}, "training": {"select_on": "transcription"}}
+    with pytest.raises(UserError, match="no validation clip has both audio and transcript"):
+        check_size(recipe(lacking, **judged_by))
+    check_size(recipe(lacking))

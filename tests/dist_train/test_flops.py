@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedTokenizerBase
 
 from dist_train.build import build_collator, build_model, fit_to_dataset, open_split
-from dist_train.flops import FlopRates, audio_of_step, flop_rates, matrix_rate
+from dist_train.flops import FlopRates, audio_of_step, flop_rates, matrix_rate, not_negative
 from dist_train.foresight import Foresight
 from dist_train.global_loss import pack
 from dist_train.plan_corpus import corpus_of, load_of
@@ -48,7 +48,7 @@ def test_an_epoch_counts_what_torch_counts(name: str, corpus: Path, tokenizer: P
     plan = EpochPlan(len(split), recipe.data.batch, 1, 1, seed=4, epoch=1)
     _, seen = corpus_of(recipe)
     load = load_of(recipe, seen, 1)
-    rates = flop_rates(recipe, tokenizer, PROFILES["cpu"], [load.typical[0], load.worst])
+    rates = flop_rates(recipe, tokenizer, PROFILES["cpu"], [load.typical[0], load.worst, load.lightest])
     heard = np.round([(seconds or 0) * 16_000 for seconds in split.columns.audio_seconds])
     positions = np.maximum(heard, model.audio.minimum_samples)
     counted = estimated = 0.0
@@ -59,7 +59,7 @@ def test_an_epoch_counts_what_torch_counts(name: str, corpus: Path, tokenizer: P
             rows = pack(flows, collate(samples)).rows
             (rows * torch.randn_like(rows)).sum().backward()
         counted += counter.get_total_flops()
-        estimated += rates.of(audio_of_step(plan, step, 1, positions), int(flows.passages))
+        estimated += rates.of(audio_of_step(plan, step, positions), int(flows.passages))
     assert estimated == pytest.approx(counted, rel=0.03)
 
 
@@ -78,6 +78,46 @@ def test_rates_are_linear_in_what_they_count() -> None:
     assert rates.of([(4, 10), (1, 7)], 11) == 2 * (40 + 7) + 3 * (400 + 49) + 5 * 11
 
 
+@pytest.mark.parametrize("true", [(3.0, 0.5), (3.0, 0.0), (0.0, 0.5)])
+def test_rates_are_found_and_never_negative(true: tuple[float, float]) -> None:
+    rows = np.array([[800.0, 80_000.0], [900.0, 120_000.0], [905.0, 120_100.0]])
+    assert not_negative(rows, rows @ true) == pytest.approx(true)
+    noisy = rows @ true * np.array([1.0, 1.0, 1.02])  # two of like length that tell otherwise
+    assert min(not_negative(rows, noisy)) >= 0
+
+
+def test_a_resumed_run_keeps_what_was_measured_and_a_refusing_disk_ends_the_foresight_only(
+    corpus: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    world_of_one: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = fit_to_dataset(tiny.recipe(corpus))
+    split = open_split(recipe, "train")
+    plan = EpochPlan(len(split), 6, 1, 1, seed=0, epoch=0)
+
+    def start() -> Foresight:
+        return Foresight(recipe, tokenizer, split, 1, 1, tmp_path / "plan.json")
+
+    first = start()
+    with first.metered():
+        torch.ones(3).add(1)
+    first.compare(plan, 0, 3)
+    again = start()
+    measured = again.known()
+    assert measured is not None and measured == first.known() and measured.step == 3
+
+    again.path = tmp_path / "absent" / "plan.json"
+    with again.metered():
+        pass
+    assert again.arithmetic(plan, 0, 10, 1.0)["mfu"]
+    again.compare(plan, 1, 6)
+    assert "no plan and no MFU" in " ".join(capsys.readouterr().err.split())
+    assert again.arithmetic(plan, 0, 10, 1.0)["mfu"] is None
+    again.close({})
+
+
 def test_matrix_rate_is_that_of_this_device() -> None:
     assert 1e8 < matrix_rate(torch.float32, torch.device("cpu")) < 1e14
 
@@ -90,10 +130,12 @@ def test_a_model_that_cannot_be_planned_is_trained_all_the_same(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     split = open_split(recipe, "train")
     foresight = Foresight(recipe, None, split, 1, 1, tmp_path / "plan.json")
-    assert "no plan and no MFU" in capsys.readouterr().err and "gpt2" not in str(foresight.rates)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "no plan and no MFU" in told and "is a gpt2 model; the planner knows llama models" in told
     plan = EpochPlan(len(split), 6, 1, 1, seed=0, epoch=0)
-    with foresight.measured(plan, 0, 3):
+    with foresight.metered():
         pass
+    foresight.compare(plan, 0, 3)
     assert foresight.arithmetic(plan, 0, 10, 1.0) == {"flops": None, "mfu": None}
     foresight.close({})
     assert not (tmp_path / "plan.json").exists()

@@ -16,7 +16,7 @@ def row(seconds: float, **more: Any) -> dict[str, Any]:
 
 
 def test_rates_leave_the_first_steps_out(tmp_path: Path) -> None:
-    rows = [row(50.0), row(9.0), row(7.0), row(1.0, mfu=0.4), {"kind": "eval"}]
+    rows = [row(50.0), row(9.0), row(7.0, measured=True), row(1.0, mfu=0.4), {"kind": "eval"}]
     rows.append(row(3.0, clips=4, padding_share=0.4, mfu=0.2))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(made) + "\n" for made in rows))
     found = speed(read_steps(tmp_path / "metrics.jsonl"))

@@ -9,10 +9,10 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_train.build import build_model
+from dist_train.evaluate import one_base
 from dist_train.llm import load_tokenizer
 from dist_train.optimizer import build_optimizer
 from dist_train.recipe import load_recipe
-from dist_train.train import one_base
 from sharding.checkpoint import fingerprint
 from sharding.collectives import gather_objects
 from sharding.errors import UserErrors
