@@ -227,7 +227,7 @@ class Trainer:
                         "step_seconds": seconds,
                         "data_seconds": waited,
                         "peak_bytes": self.peak,
-                        **({"measured": True} if measures else {}),  # slower than others
+                        "measured": measures,  # for plan.json: slower than others
                     }
                 )
                 self.foresight.compare(plan, epoch_step, progress.step)
