@@ -54,13 +54,19 @@ def prepare_tokenizer(recipe: Recipe, directory: Path) -> None:
     """
     name = recipe.text.tokenizer or recipe.text.pretrained
     if name is not None:
-        tokenizer: PreTrainedTokenizerBase = load_tokenizer(name)
+        where = "text.tokenizer" if recipe.text.tokenizer else "text.pretrained"
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(name, where)
     else:
         split = open_split(recipe, "train")
         texts = (split[i]["text"] for i, count in enumerate(split.columns.text_characters) if count)
         tokenizer = train_tokenizer((text for text in texts if text), recipe.text.vocabulary)
     shutil.rmtree(directory, ignore_errors=True)
-    tokenizer.save_pretrained(directory)
+    try:
+        tokenizer.save_pretrained(directory)
+    except Exception as error:  # the tokenizers package raises nothing more special, e.g. where the disk is full
+        raise UserError(
+            str(directory), f"cannot be written ({error})", "Free space, or give another --output."
+        ) from None
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, resumed: bool = False) -> DoubleFlow:

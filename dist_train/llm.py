@@ -351,7 +351,7 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, where: str = "text.tokenizer") -> PreTrainedTokenizerBase:
     """A tokenizer from a folder, a hub id, or a SentencePiece `.model` file of Llama.
 
     Raises:
@@ -361,7 +361,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = kind.from_pretrained(name)
     except LOAD_ERRORS as error:
-        raise cannot_load("text.tokenizer", name, error) from None
+        raise cannot_load(where, name, error) from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
         raise UserError("text.tokenizer", f"{name!r} has no BOS or EOS token", "Use a Llama-type tokenizer.")
     return tokenizer

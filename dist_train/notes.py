@@ -52,7 +52,7 @@ def shortcomings(
         notes.append(f"Neither flow beats the trivial answer, the median training label, on {split}.")
     if set_aside:
         more = f" and {len(set_aside) - SHOWN} more" if len(set_aside) > SHOWN else ""
-        notes.append(f"Training clips set aside: {'; '.join(set_aside[:SHOWN])}{more}.")
+        notes.append(f"Training clips set aside: {'; '.join(one.rstrip('.') for one in set_aside[:SHOWN])}{more}.")
     return notes
 
 

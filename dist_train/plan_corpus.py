@@ -54,6 +54,7 @@ class Load(NamedTuple):
         steps: optimizer steps per epoch.
         clips: per epoch.
         seconds, tokens: padded seconds and packed tokens of the worst micro-batch, as `data.budget` counts them.
+        longest_seconds, longest_tokens: of a single clip.
     """
 
     worst: list[Clip]
@@ -64,6 +65,8 @@ class Load(NamedTuple):
     clips: int
     seconds: float
     tokens: float
+    longest_seconds: float
+    longest_tokens: float
 
 
 def corpus_of(recipe: Recipe) -> tuple[Recipe, Corpus]:
@@ -91,7 +94,7 @@ def mosei(recipe: Recipe) -> Columns:
     seconds = np.minimum(seconds, recipe.audio.max_seconds)
     characters = np.round(seconds * CHARACTERS_PER_SECOND).astype(int)
     return Columns.model_construct(
-        key=[f"clip{index:05d}" for index in range(MOSEI_CLIPS)],
+        key=[f"(clip {index} like CMU-MOSEI's)" for index in range(MOSEI_CLIPS)],
         audio_seconds=seconds.tolist(),
         audio_frames=np.round(seconds * 50).astype(int).tolist(),
         text_characters=characters.tolist(),
@@ -164,4 +167,6 @@ def load_of(recipe: Recipe, corpus: Corpus, world: int) -> Load:
         len(corpus.keys),
         float(padded[worst]),
         float(packed[worst]),
+        float(seconds.max()),
+        float(words.max()),
     )

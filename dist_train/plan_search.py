@@ -141,10 +141,16 @@ def room(load: Load, predicted: Prediction, hardware: Hardware) -> list[str]:
     if predicted.peak_moment != "forward and backward" or growth <= 0:
         return []
     told = "leaves" if free >= 0 else "lacks"
+    largest = f"The largest micro-batch ({load.seconds:.0f} padded seconds, {load.tokens:.0f} tokens) {told} "
+    seconds, tokens = growth * load.seconds, growth * load.tokens
+    if seconds < load.longest_seconds or tokens < load.longest_tokens:
+        return [
+            f"{largest}{abs(free) / GIB:.1f} GiB; no data.budget helps: the longest clip alone takes "
+            f"{load.longest_seconds:.0f} seconds and {load.longest_tokens:.0f} tokens (audio.max_seconds bounds it)."
+        ]
     return [
-        f"The largest micro-batch ({load.seconds:.0f} padded seconds, {load.tokens:.0f} tokens) {told} "
-        f"{abs(free) / GIB:.1f} GiB; data.budget: {{audio_seconds: {growth * load.seconds:.0f}, "
-        f"tokens: {growth * load.tokens:.0f}}} would fit."
+        f"{largest}{abs(free) / GIB:.1f} GiB; data.budget: {{audio_seconds: {seconds:.0f}, tokens: {tokens:.0f}}} "
+        "would fit."
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportErr
 def cannot_load(where: str, name: str, error: Exception) -> UserError:
     """The error for a model or tokenizer that transformers cannot load."""
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).exists():
+        reason = "there is no such file or folder"
     return UserError(where, f"cannot load {name!r} ({reason})", WHERE_TO_FIND)
 
 

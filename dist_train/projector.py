@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -59,6 +60,8 @@ def load_projector(projector: Projector, name: str) -> None:
                 f"{path} has {own} of shape {list(found[own].shape)}, this model needs {list(parameter.shape)}",
                 "Set audio, text, simulation.stack_frames and simulation.projector_width as they were there.",
             )
+        if not (found[own].is_floating_point() and found[own].isfinite().all()):
+            raise UserError("simulation.projector", f"{path} has values in {own} that are not finite numbers", REMEDY)
         parameter.data.copy_(found[own])
 
 
@@ -76,6 +79,8 @@ def projector_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {own: file.get_tensor(key) for key in file.keys() if (own := own_name(key))}  # noqa: SIM118
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no file of torch.save")
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         held = held.get("model", held) if isinstance(held, dict) else {}
         return {own: value for key, value in held.items() if isinstance(value, Tensor) and (own := own_name(key))}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from dist_train.world_size import check_world_size
 from sharding import world as worlds
 from sharding.collectives import together
 from sharding.errors import UserError, UserErrors
-from sharding.launch import INTERRUPTED
+from sharding.launch import INTERRUPTED, launched
 
 # Of torch's own calls inside transformers' WavLM and DeepSpeed; nothing a user could change.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
@@ -54,7 +55,9 @@ def run_training(
     if world.rank != 0:
         return 0 if finished else INTERRUPTED
     if not finished:
-        console.print(f"Stopped and saved. Continue with: dist-train train {recipe_path} --output {run.path} --resume")
+        ranks = ["--ranks", str(world.size)] if launched() else []
+        again = shlex.join(["train", str(run.recipe), "--output", str(run.path), *ranks, "--resume"])
+        console.print(f"Stopped and saved. Continue with: dist-train {again}", soft_wrap=True)
         return INTERRUPTED
     from dist_train.report import write_report  # noqa: PLC0415  draws; only rank 0 needs it
 
@@ -94,9 +97,13 @@ def prepare(recipe_path: Path, overrides: Sequence[str], run: RunDirectory, *, f
     check_size(recipe)
     if resume:
         run.open()
+    if resume and run.saved:
         check_same(load_recipe(run.recipe), recipe)
         find_checkpoint(run, "last")
     else:
+        if resume:
+            Console().print(f"Nothing was saved yet in {run.path}: training starts at step 0.")
+            run.rewind(0)
         if fresh:
             run.create()
         prepare_tokenizer(recipe, run.tokenizer)

@@ -67,6 +67,11 @@ class RunDirectory:
                 str(self.path), f"cannot be made ({error.strerror})", "Give an --output you may write to."
             ) from None
 
+    @property
+    def saved(self) -> bool:
+        """Whether a checkpoint was ever saved (it may be damaged)."""
+        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+
     def discard_unstarted(self) -> None:
         """Removes the directory again, and parents made for it, if no run began in it."""
         if not self.recipe.is_file():

@@ -81,7 +81,7 @@ class Trainer:
         self.foresight = (
             Foresight(recipe, tokenizer, self.train_split, nodes, per_node, run.plan) if self.rank == 0 else None
         )
-        last = find_checkpoint(run, "last") if resume else None
+        last = find_checkpoint(run, "last") if resume and run.saved else None
         model = build_model(recipe, tokenizer, resumed=last is not None)
         self.collate = build_collator(recipe, tokenizer, model)
         self.phases = Phases()
@@ -107,6 +107,11 @@ class Trainer:
         )
         if last is not None:
             state = checkpoint.load(self.engine, last)
+            if self.rank == 0 and state["world_size"] != self.world:
+                Console().print(
+                    f"Note: saved by {state['world_size']} ranks, continued by {self.world}: the same clips in the "
+                    "same order, but other draws of dropout and other rounding, so other losses."
+                )
             self.progress = Progress(**state["progress"])
             if self.rollouts is not None:
                 self.rollouts.restore(state["rollouts"])

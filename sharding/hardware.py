@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -124,11 +125,13 @@ def read_bytes(text: str, where: str) -> float:
         UserError: it is no size.
     """
     number = text.rstrip("KMGTiB")
-    unit = text[len(number) :].strip() or "B"
     try:
-        return float(number) * UNITS[unit]
+        size = float(number) * UNITS[text[len(number) :].strip()]
     except (ValueError, KeyError):
-        raise UserError(where, f"cannot be {text!r}", "Write a size such as 80GiB.") from None
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise UserError(where, f"cannot be {text!r}", "Write a size with its unit, such as 80GiB.")
+    return size
 
 
 def work_seconds(work: Iterable[Work], hardware: Hardware) -> float:

@@ -60,6 +60,14 @@ def run_local(command: Sequence[str], ranks: int, logs: Path) -> int:
                 process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
+    killed = [rank for rank, process in enumerate(processes) if process.returncode == -signal.SIGKILL]
+    if code == -signal.SIGKILL and not stops:
+        print(
+            f"error: rank {', '.join(map(str, killed))} was killed (by the system, if memory ran out: see dmesg). Take "
+            "fewer clips at once (data.budget, training.accumulation); --resume continues from the last checkpoint.",
+            file=sys.stderr,
+            flush=True,
+        )
     errors = reported_errors(logs)
     if errors:
         raise UserErrors(errors)

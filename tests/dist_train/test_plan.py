@@ -291,6 +291,9 @@ def test_the_command_writes_json(corpus: Path, tmp_path: Path) -> None:
     plan = Plan.model_validate_json(out.read_text())
     assert plan.hardware.memory == 40 * GIB and plan.predicted.world == 2
     assert Plan.model_validate_json(result.stdout[result.stdout.index("{") :]) == plan
+    for place in (tmp_path, tmp_path / "absent" / "plan.json"):
+        refused = CliRunner().invoke(app, ["plan", str(path), "--output", str(place)])
+        assert isinstance(refused.exception, UserError) and "cannot be written" in str(refused.exception)
 
 
 def test_planning_allocates_nothing() -> None:

@@ -78,6 +78,11 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         (tmp_path / "model.pt").write_bytes(content)
         with pytest.raises(UserError, match="cannot be read"):
             load_projector(projector(), str(tmp_path))
+    for odd in (torch.full((7, 15), torch.nan), torch.ones(7, 15, dtype=torch.int32)):
+        state = {f"encoder_projector.{name}": x for name, x in projector().state_dict().items()}
+        torch.save({**state, "encoder_projector.linear1.weight": odd}, tmp_path / "model.pt")
+        with pytest.raises(UserError, match=r"values in linear1.weight that are not finite numbers"):
+            load_projector(projector(), str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(UserError, match="cannot be read"):
         load_projector(projector(), str(tmp_path))

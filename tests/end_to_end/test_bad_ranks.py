@@ -137,6 +137,16 @@ def test_resume_with_another_recipe_names_the_differences(recipe: Path, finished
     assert [line.split(":")[0] for line in errors(done.stderr)] == ["optimizer.learning_rate", "seed"]
 
 
+@pytest.mark.slow
+def test_a_run_that_failed_before_it_saved_starts_anew_where_it_is(recipe: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    wrong = run("train", recipe, "simulation.projector=/not/there", "--output", output, "--ranks", "2")
+    assert wrong.returncode == REFUSED and "simulation.projector" in wrong.stderr and output.is_dir()
+    again = run("train", recipe, "training.epochs=1", "--output", output, "--ranks", "2", "--resume")
+    assert again.returncode == 0, again.stderr
+    assert "Nothing was saved yet" in again.stdout and (output / "summary.json").is_file()
+
+
 DAMAGE = {
     "truncated weights": "model.safetensors: is missing or damaged",
     "no manifest": "is not a complete checkpoint",

@@ -135,7 +135,8 @@ def test_ctrl_c_saves_and_resume_ends_the_run(recipe: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as the terminal sends it
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "--resume" in printed and "Traceback" not in errors
+    assert f"dist-train train {output / 'recipe.yaml'} --output {output} --ranks 2 --resume" in printed
+    assert "Traceback" not in errors
     state = json.loads((output / "checkpoints/last/state.json").read_text())
     steps = state["progress"]["step"]
     assert steps == json.loads(metrics.read_text().splitlines()[-1])["step"] >= 1

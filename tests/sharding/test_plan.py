@@ -276,12 +276,12 @@ def test_profiles_by_name_and_file(tmp_path: Path) -> None:
         load_hardware(str(own))
 
 
-@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("1.5TB", 1.5e12), ("512", 512), ("3 GB", 3e9)])
+@pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("1.5TB", 1.5e12), ("512B", 512), ("3 GB", 3e9)])
 def test_sizes(text: str, size: float) -> None:
     assert read_bytes(text, "--gpu-memory") == size
 
 
-@pytest.mark.parametrize("text", ["80 Gigs", "GiB", "", "-"])
+@pytest.mark.parametrize("text", ["80 Gigs", "GiB", "", "-", "80", "nanGiB", "-5GiB", "0GiB", "1e400GiB"])
 def test_wrong_sizes(text: str) -> None:
     with pytest.raises(UserError, match="--gpu-memory"):
         read_bytes(text, "--gpu-memory")
