@@ -13,11 +13,13 @@ from dist_train.adapters import cast_projections
 from dist_train.batch import Collator
 from dist_train.llm import load_tokenizer
 from dist_train.model import DoubleFlow
+from dist_train.optimizer import build_optimizer
 from dist_train.recipe import Recipe, Widths
 from dist_train.tokenizer import train_tokenizer
 from sharding.errors import UserError
 from sharding.shards import Dims, load_info
 from sharding.stream import ShardedSplit
+from sharding.zero import build_engine
 
 
 def fit_to_dataset(recipe: Recipe) -> Recipe:
@@ -87,6 +89,19 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, resumed: 
             parameter.data = parameter.data.to(recipe.dtype)
     cast_projections(model, recipe.dtype)
     return model
+
+
+def build_training(recipe: Recipe, model: DoubleFlow, *, micro_batch: int, accumulation: int = 1) -> Any:
+    """The DeepSpeed engine around the recipe's model, with its optimizer and ZeRO settings (see sharding.zero)."""
+    return build_engine(
+        model,
+        build_optimizer(recipe.optimizer, [parameter for parameter in model.parameters() if parameter.requires_grad]),
+        recipe.zero,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        clip_norm=recipe.optimizer.clip_norm,
+        bf16=recipe.precision == "bf16",
+    )
 
 
 def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: DoubleFlow) -> Collator:

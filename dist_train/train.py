@@ -14,14 +14,13 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from dist_train.build import build_collator, build_model, open_split
+from dist_train.build import build_collator, build_model, build_training, open_split
 from dist_train.costs import clip_costs
 from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, judged, one_base, predict, score
 from dist_train.foresight import MEASURED, Foresight, grid
 from dist_train.idle import idle_parts
 from dist_train.llm import load_tokenizer
 from dist_train.notes import shortcomings
-from dist_train.optimizer import build_optimizer
 from dist_train.parameter_table import parameter_rows, parameter_table, write_parameters
 from dist_train.phases import Phases, measured
 from dist_train.progress import Display
@@ -39,7 +38,6 @@ from sharding.errors import UserError
 from sharding.order import EpochPlan
 from sharding.signals import StopFlag
 from sharding.stream import stream
-from sharding.zero import build_engine
 
 CENSUS_STEPS = 5  # optimizer steps within which every trainable must have had a gradient that is not zero
 
@@ -95,15 +93,11 @@ class Trainer:
         if last is not None:
             check_base(model, checkpoint.read_state(last), last)
             checkpoint.load_weights(model, last)
-        trainables = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.engine = build_engine(
+        self.engine = build_training(
+            recipe,
             model,
-            build_optimizer(recipe.optimizer, trainables),
-            recipe.zero,
             micro_batch=max(map(max, self.plan(0).rows(0))),
             accumulation=max(recipe.training.accumulation, 2 if self.costs else 1),
-            clip_norm=recipe.optimizer.clip_norm,
-            bf16=recipe.precision == "bf16",
         )
         if last is not None:
             state = checkpoint.load(self.engine, last)

@@ -16,10 +16,8 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -36,16 +34,16 @@ from rich.console import Console
 from rich.table import Table
 
 from dist_train.batch import Batch, pad
-from dist_train.build import build_model
+from dist_train.build import build_model, build_training
 from dist_train.flops import flop_rates, matrix_rate
 from dist_train.model import DoubleFlow
-from dist_train.optimizer import build_optimizer
 from dist_train.phases import Phases, measured
 from dist_train.plan import Planner, here
 from dist_train.plan_corpus import MOSEI_WIDTHS, clip_of, mosei
 from dist_train.plan_model import Clip
 from dist_train.plan_pretrained import KNOWN, Sizes
 from dist_train.recipe import Recipe, validate
+from dist_train.run_directory import environment
 from dist_train.step import Stepper
 from sharding.agreement import Agreement
 from sharding.census import Census
@@ -53,7 +51,6 @@ from sharding.hardware import GIB, PROFILES
 from sharding.launch import free_port
 from sharding.ops import prepare_ops
 from sharding.world import World, join
-from sharding.zero import build_engine
 
 LORA = {"text": {"tuning": "lora"}, "simulation": {"rollout": "cached"}}
 CASES: dict[str, dict[str, Any]] = {
@@ -128,6 +125,20 @@ def random_batch(
     return batch
 
 
+def random_stepper(recipe: Recipe, model: DoubleFlow, clips: int, micro_steps: int = 1) -> Stepper:
+    """Makes optimizer steps over so many clips; random weights need not all learn."""
+    engine = build_training(recipe, model, micro_batch=-(-clips // micro_steps), accumulation=micro_steps)
+    return Stepper(
+        engine,
+        recipe.loss,
+        exact=recipe.training.accumulated_loss == "exact",
+        keys=[f"clip {number}" for number in range(clips)],
+        seed=recipe.seed,
+        agreement=Agreement(engine.module, 0),
+        census=Census(engine.module, steps=1, excused={"": "random weights"}),
+    )
+
+
 @contextmanager
 def made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """New tensors lie on the device and have the type: 7 billion random fp32 weights on a host take minutes."""
@@ -160,24 +171,7 @@ def run_case(case: str, arguments: argparse.Namespace) -> dict[str, Any]:
     by_length = sorted(clips, key=lambda row: max(clip.audio for clip in row))
     rates = flop_rates(recipe, Sizes(VOCABULARY), profile, [by_length[len(by_length) // 2], by_length[-1]])
     planner = Planner(recipe, Sizes(VOCABULARY), profile, 1, 1)
-    engine = build_engine(
-        model,
-        build_optimizer(recipe.optimizer, [p for p in model.parameters() if p.requires_grad]),
-        recipe.zero,
-        micro_batch=arguments.clips,
-        accumulation=1,
-        clip_norm=1.0,
-        bf16=cuda,
-    )
-    stepper = Stepper(
-        engine,
-        recipe.loss,
-        exact=True,
-        keys=[f"clip {number}" for number in range(arguments.clips)],
-        seed=0,
-        agreement=Agreement(engine.module, 0),
-        census=Census(engine.module, steps=1, excused={"": "random weights"}),
-    )
+    stepper = random_stepper(recipe, model, arguments.clips)
     rows: list[dict[str, Any]] = []
     for number, (batch, held) in enumerate(zip(batches, clips, strict=True)):
         if cuda and number == arguments.warm_up:
@@ -221,24 +215,6 @@ def traced(folder: Path | None, case: str) -> Iterator[None]:
     with torch.profiler.profile() as profiler:
         yield
     profiler.export_chrome_trace(str(folder / f"{case}.json.gz"))
-
-
-def surroundings(device: str) -> dict[str, Any]:
-    """Hardware, versions, date: figures without them mean nothing."""
-    versions = {}
-    for name in ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "flash-attn"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "cuda": torch.version.cuda,
-        "python": platform.python_version(),
-        "packages": versions,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(sys.argv),
-    }
 
 
 def table_of(found: list[dict[str, Any]]) -> Table:
@@ -298,16 +274,10 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(run_case(arguments.only, arguments)), flush=True)
         os._exit(0)  # interpreter shutdown after a process group now and then aborts although all work is done
-    around, found = surroundings(arguments.device), []
+    around = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), **environment(1)}
+    found = []
     for case in arguments.cases or CASES:
-        command = [
-            sys.executable,
-            "-m",
-            "tools.bench_gpu",
-            *sys.argv[1:],
-            "--only",
-            case,
-        ]
+        command = [sys.executable, "-m", "tools.bench_gpu", *sys.argv[1:], "--only", case]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         lines = done.stdout.splitlines()
         result = json.loads(lines[-1]) if done.returncode == 0 else {"case": case, "error": f"code {done.returncode}"}

@@ -20,21 +20,17 @@ import numpy as np
 import torch
 
 from dist_train.build import build_model
-from dist_train.optimizer import build_optimizer
 from dist_train.plan import Planner
 from dist_train.plan_corpus import MOSEI_WIDTHS, clip_of, mosei
 from dist_train.plan_pretrained import Sizes
 from dist_train.recipe import Recipe, validate
 from dist_train.step import Stepper
-from sharding.agreement import Agreement
-from sharding.census import Census
 from sharding.hardware import PROFILES
 from sharding.launch import free_port
 from sharding.meter import Meter
 from sharding.ops import prepare_ops
 from sharding.world import World, join
-from sharding.zero import build_engine
-from tools.bench_gpu import random_batch
+from tools.bench_gpu import random_batch, random_stepper
 
 SPLITS = (1, 2, 4, 8)
 MODES = ("exact", "approximate")
@@ -81,24 +77,7 @@ def main() -> None:
             columns = mosei(recipe)
             parts = [[clip_of(recipe, columns, int(i)) for i in part] for part in np.array_split(chosen, count)]
             batches = [random_batch(recipe, model, part, np.random.default_rng(1), VOCABULARY) for part in parts]
-            engine = build_engine(
-                model,
-                build_optimizer(recipe.optimizer, [p for p in model.parameters() if p.requires_grad]),
-                recipe.zero,
-                micro_batch=len(parts[0]),
-                accumulation=count,
-                clip_norm=0.0,
-                bf16=False,
-            )
-            stepper = Stepper(
-                engine,
-                recipe.loss,
-                exact=mode == "exact",
-                keys=[""] * arguments.clips,
-                seed=0,
-                agreement=Agreement(engine.module, 0),
-                census=Census(engine.module, steps=1, excused={"": "random weights"}),
-            )
+            stepper = random_stepper(recipe, model, arguments.clips, count)
             rows = [[len(part)] for part in parts]
             steps[mode, count] = partial(run, stepper, batches, rows, arguments.clips)
             planner = Planner(recipe, Sizes(VOCABULARY), PROFILES["cpu"], 1, 1)

@@ -78,12 +78,10 @@ def load(folder: Path, case: str) -> None:
     assert joined is not None
     world.join(joined, with_deepspeed=True)
     from dist_train import llm  # noqa: PLC0415
-    from dist_train.build import build_model  # noqa: PLC0415
-    from dist_train.optimizer import build_optimizer  # noqa: PLC0415
+    from dist_train.build import build_model, build_training  # noqa: PLC0415
     from dist_train.recipe import validate  # noqa: PLC0415
     from dist_train.tokenizer import train_tokenizer  # noqa: PLC0415
     from sharding.checkpoint import fingerprint  # noqa: PLC0415
-    from sharding.zero import build_engine  # noqa: PLC0415
 
     chosen = CASES[case]
     recipe = validate(
@@ -111,15 +109,7 @@ def load(folder: Path, case: str) -> None:
     started = time.perf_counter()
     model = build_model(recipe, tokenizer)
     fingerprint(model)
-    build_engine(
-        model,
-        build_optimizer(recipe.optimizer, [p for p in model.parameters() if p.requires_grad]),
-        recipe.zero,
-        micro_batch=1,
-        accumulation=1,
-        clip_norm=0.0,
-        bf16=True,
-    )
+    build_training(recipe, model, micro_batch=1)
     seconds = time.perf_counter() - started
     memory.done.set()
     memory.join()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, WavLMConfig, WavLMModel
 
 from dist_train.adapters import TuningSettings, apply_tuning
-from dist_train.build import build_model
+from dist_train.build import build_model, build_training
 from dist_train.optimizer import OptimizerSettings, build_optimizer
 from dist_train.parameter_table import parameter_rows, write_parameters
 from dist_train.parameter_table import parameter_table as rich_table
@@ -240,17 +240,7 @@ def parameter_table(folder: Path, seed: int, changes: list[dict[str, Any]]) -> l
         recipe = tiny.recipe(Path("none"), seed=seed, widths={"vision": tiny.VISION_WIDTH}, **change)
         model = build_model(recipe, tokenizer)
         plain = build_model(tiny.recipe(Path("none"), widths={"vision": tiny.VISION_WIDTH}, text=WIDE_TEXT), tokenizer)
-        engine = build_engine(
-            model,
-            build_optimizer(
-                recipe.optimizer, [parameter for parameter in model.parameters() if parameter.requires_grad]
-            ),
-            recipe.zero,
-            micro_batch=1,
-            accumulation=1,
-            clip_norm=0.0,
-            bf16=recipe.precision == "bf16",
-        )
+        engine = build_training(recipe, model, micro_batch=1)
         rows = parameter_rows(engine.module)
         shown = Console(width=200, record=True, file=io.StringIO())
         shown.print(rich_table(rows))

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dist_train.build import build_model
+from dist_train.build import build_model, build_training
 from dist_train.evaluate import one_base
 from dist_train.llm import load_tokenizer
-from dist_train.optimizer import build_optimizer
 from dist_train.recipe import load_recipe
 from sharding.checkpoint import fingerprint
 from sharding.collectives import gather_objects
 from sharding.errors import UserErrors
-from sharding.zero import build_engine
 
 
 def mapping_of(address: int) -> dict[str, Any]:
@@ -39,15 +37,7 @@ def frozen_pages(folder: Path, recipe: str, tokenizer: str) -> list[dict[str, An
     made = load_recipe(Path(recipe))
     model = build_model(made, load_tokenizer(tokenizer))
     before = one_base(fingerprint(model))
-    engine = build_engine(
-        model,
-        build_optimizer(made.optimizer, [p for p in model.parameters() if p.requires_grad]),
-        made.zero,
-        micro_batch=1,
-        accumulation=1,
-        clip_norm=0.0,
-        bf16=True,
-    )
+    engine = build_training(made, model, micro_batch=1)
     weight = next(p for n, p in engine.module.named_parameters() if n.endswith("layers.1.mlp.up_proj.weight"))
     assert not hasattr(weight, "ds_optim_param") and fingerprint(engine.module) == before
     return gather_objects(mapping_of(weight.data_ptr()))

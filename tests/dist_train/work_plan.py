@@ -11,8 +11,7 @@ import torch.distributed as dist
 from transformers import AutoTokenizer
 
 from dist_train.batch import Batch
-from dist_train.build import build_collator, build_model, fit_to_dataset, open_split, prepare_tokenizer
-from dist_train.optimizer import build_optimizer
+from dist_train.build import build_collator, build_model, build_training, fit_to_dataset, open_split, prepare_tokenizer
 from dist_train.plan_model import Clip
 from dist_train.recipe import Recipe
 from dist_train.step import Stepper
@@ -22,7 +21,6 @@ from sharding.collectives import gather_objects
 from sharding.meter import Meter
 from sharding.order import EpochPlan
 from sharding.stream import stream
-from sharding.zero import build_engine
 from tests import tiny
 
 STEPS = 3  # the last is measured: ZeRO-3 first learns the order of modules
@@ -61,15 +59,7 @@ def step_of(recipe: Recipe, tokenizer: Any) -> dict[str, Any]:
     batches = list(stream(split, plan, dist.get_rank(), build_collator(recipe, tokenizer, model)))[:accumulation]
     for batch in batches:
         batch.pop("set_aside")
-    engine = build_engine(
-        model,
-        build_optimizer(recipe.optimizer, [p for p in model.parameters() if p.requires_grad]),
-        recipe.zero,
-        micro_batch=max(plan.rows(0)[0]),
-        accumulation=accumulation,
-        clip_norm=recipe.optimizer.clip_norm,
-        bf16=recipe.precision == "bf16",
-    )
+    engine = build_training(recipe, model, micro_batch=max(plan.rows(0)[0]), accumulation=accumulation)
     del model
     stepper = Stepper(
         engine,

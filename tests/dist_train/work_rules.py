@@ -9,15 +9,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dist_train.build import build_collator, build_model
+from dist_train.build import build_collator, build_model, build_training
 from dist_train.global_loss import global_loss, pack
-from dist_train.optimizer import build_optimizer
 from dist_train.recipe import Recipe
 from dist_train.tokenizer import train_tokenizer
 from sharding.census import Census
 from sharding.collectives import gather_objects
 from sharding.engine_state import master
-from sharding.zero import build_engine
 from tests import tiny
 
 STEPS = 3
@@ -49,15 +47,7 @@ def trained(case: dict[str, Any], seed: int) -> dict[str, Any]:
     clips = [{"key": str(i), "index": i, "real": True, **tiny.clip(rng)} for i in range(3)]
     batch = build_collator(recipe, tokenizer, model)(clips)
     batch.pop("set_aside")  # type: ignore[misc]
-    engine = build_engine(
-        model,
-        build_optimizer(recipe.optimizer, [parameter for parameter in model.parameters() if parameter.requires_grad]),
-        recipe.zero,
-        micro_batch=3,
-        accumulation=1,
-        clip_norm=0.0,
-        bf16=recipe.precision == "bf16",
-    )
+    engine = build_training(recipe, model, micro_batch=3)
     learners = {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
     before = {name: master(engine, parameter).clone() for name, parameter in learners.items()}
     census = Census(engine.module, steps=2)
