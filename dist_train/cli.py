@@ -130,8 +130,8 @@ def plan(
     from dist_train.recipe import load_recipe
     from sharding.hardware import load_hardware, read_bytes
 
-    if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):
-        raise UserError(f"--output {output}", "cannot be written", "Name a file in a directory you may write to.")
+    if output is not None and (output.is_dir() or not os.access(output.parent, os.W_OK)):  # told before it takes long
+        raise UserError(str(output), "cannot be written", "Name a file in a directory you may write to.")
     profile = load_hardware(hardware)
     if gpu_memory is not None:
         profile = profile.model_copy(update={"memory": read_bytes(gpu_memory, "--gpu-memory")})

@@ -21,6 +21,7 @@ from dist_train.plan_model import Clip, build_hollow, hollow_batch, trace_step
 from dist_train.plan_pretrained import stored_type, tokenizer_of, without_weights
 from dist_train.plan_quantised import scale_bytes
 from dist_train.recipe import Recipe
+from sharding.errors import UserError
 from sharding.hardware import GIB, Hardware, ring_bytes, wire_seconds, work_seconds
 from sharding.plan_ledger import Optimizer, Replay, Schedule, Weight
 from sharding.plan_trace import Trace, Tracer
@@ -333,10 +334,19 @@ class Plan(BaseModel):
     measured: Measured | None = Field(None, description="What a run took.")
 
     def write(self, path: Path) -> None:
-        """As JSON, whole or not at all."""
+        """As JSON, whole or not at all.
+
+        Raises:
+            UserError: the place cannot be written to.
+        """
         temporary = path.with_name(path.name + ".new")
-        temporary.write_text(self.model_dump_json(indent=1), encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise UserError(
+                str(path), f"cannot be written ({error.strerror})", "Name a file in a directory you may write to."
+            ) from None
 
 
 def plan_as_is(planner: Planner, corpus: Corpus, load: Load) -> Plan:

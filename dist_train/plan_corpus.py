@@ -143,7 +143,7 @@ def load_of(recipe: Recipe, corpus: Corpus, world: int) -> Load:
         slots.update({(step, micro, rank): np.array(rows) for micro, rank, rows in plan.micro_batches(step)})
     padded = {place: len(rows) * seconds[rows].max() for place, rows in slots.items()}
     packed = {place: words[rows].sum() for place, rows in slots.items()}
-    most_padded, most_packed = max(*padded.values(), 1e-9), max(*packed.values(), 1e-9)  # nothing is read: no tokens
+    most_padded, most_packed = max(padded.values()), max(packed.values()) or 1.0  # where nothing is read: no tokens
     weight = {place: padded[place] / most_padded + packed[place] / most_packed for place in slots}
 
     slowest: dict[tuple[int, int], tuple[float, int]] = {}

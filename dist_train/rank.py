@@ -103,7 +103,7 @@ def prepare(recipe_path: Path, overrides: Sequence[str], run: RunDirectory, *, f
     else:
         if resume:
             Console().print(f"Nothing was saved yet in {run.path}: training starts at step 0.")
-            run.rewind(0)
+            run.restart()
         if fresh:
             run.create()
         prepare_tokenizer(recipe, run.tokenizer)

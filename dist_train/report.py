@@ -203,7 +203,8 @@ def _pace(run: Run, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nda
     clips = np.diff(samples, prepend=0.0) / np.where(passed > 0, passed, np.nan)
     if step[0] > 1:  # resumed or logged rarely: the first record alone does not tell its own step's clips
         clips[0] = np.nan
-    safe = np.where(seconds > 0, seconds, np.nan)
+    usual = ~(run.column("measured") > 0)  # the step measured for plan.json was slower
+    safe = np.where((seconds > 0) & usual, seconds, np.nan)
     waiting = np.clip(run.column("data_seconds") / safe, 0, 1)
     return np.cumsum(seconds * np.nan_to_num(passed, nan=1.0)), clips / safe, waiting
 

@@ -116,6 +116,11 @@ class RunDirectory:
             temporary.write_text("".join(row + "\n" for row in rows))
             temporary.replace(self.metrics)
 
+    def restart(self) -> None:
+        """Drops what a try that saved nothing has logged and measured."""
+        self.rewind(0)
+        self.plan.unlink(missing_ok=True)
+
     def write_environment(self, world_size: int) -> None:
         """environment.json: versions, code, hardware, command."""
         (self.path / "environment.json").write_text(json.dumps(environment(world_size), indent=1))

@@ -53,21 +53,16 @@ def run_local(command: Sequence[str], ranks: int, logs: Path) -> int:
     try:
         for rank in range(ranks):
             processes.append(start_rank(command, rank, ranks, port, logs))
-        code = wait_for_all(processes)
+        failed = wait_for_all(processes)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
-    killed = [rank for rank, process in enumerate(processes) if process.returncode == -signal.SIGKILL]
+    code = 0 if failed is None else processes[failed].returncode
     if code == -signal.SIGKILL and not stops:
-        print(
-            f"error: rank {', '.join(map(str, killed))} was killed (by the system, if memory ran out: see dmesg). Take "
-            "fewer clips at once (data.budget, training.accumulation); --resume continues from the last checkpoint.",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"error: {killed(failed)}", file=sys.stderr, flush=True)
     errors = reported_errors(logs)
     if errors:
         raise UserErrors(errors)
@@ -92,18 +87,32 @@ def start_rank(command: Sequence[str], rank: int, ranks: int, port: int, logs: P
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """Waits until all have ended; after a failure the rest is killed when the grace period is over."""
-    first, deadline = 0, float("inf")
-    while None in (codes := [process.poll() for process in processes]):
-        failed = [code for code in codes if code]
-        if failed and deadline == float("inf"):
-            first, deadline = failed[0], time.monotonic() + GRACE
+def wait_for_all(processes: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Waits until all have ended; after a failure the rest is killed when the grace period is over. Returns the rank
+    that failed first.
+    """
+    first, deadline = None, float("inf")
+    while True:
+        codes = [process.poll() for process in processes]
+        if first is None:
+            first = next((rank for rank, code in enumerate(codes) if code), None)
+            deadline = float("inf") if first is None else time.monotonic() + GRACE
+        if None not in codes:
+            return first
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    return first or next((code for code in codes if code), 0)
+
+
+def killed(rank: int | None) -> UserError:
+    """What is told of a rank that was killed from outside."""
+    return UserError(
+        f"rank {rank}",
+        "was killed, by the system if memory ran out (see dmesg)",
+        "Take fewer clips at once (data.budget, training.accumulation) or fewer ranks; a training run goes on from its "
+        "last checkpoint with --resume.",
+    )
 
 
 def launched() -> bool:

@@ -4,9 +4,9 @@
 
 A Llama of 1.1 B parameters (bf16, shards of 500 MB) is written to --folder unless it is there. Each case builds the
 double-flow model around it in every rank, with LoRA, reads every weight once (the fingerprint of the frozen base), and
-builds the DeepSpeed engine around it. Measured are seconds, the
-most memory that a rank holds for itself (private pages) at any time, and the most that all ranks hold together (pages
-they share counted once). The obvious way reads the weights into fp32 in every rank, and casts them then.
+builds the DeepSpeed engine around it. Measured are seconds, the most memory that a rank holds for itself (private
+pages) at any time, and the most that all ranks hold together (pages they share counted once), both above the start. The
+obvious way reads the weights into fp32 in every rank, and casts them then.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def load(folder: Path, case: str) -> None:
     tokenizer = train_tokenizer(["a film that was really good"] * 3, 300)
     memory = Memory()
     memory.look()
-    before = memory.private
+    private, share = memory.private, memory.share
     memory.start()
     started = time.perf_counter()
     model = build_model(recipe, tokenizer)
@@ -114,7 +114,7 @@ def load(folder: Path, case: str) -> None:
     memory.done.set()
     memory.join()
     memory.look()
-    found = {"seconds": seconds, "private": memory.private - before, "share": memory.share - before}
+    found = {"seconds": seconds, "private": memory.private - private, "share": memory.share - share}
     (folder / f"rank_{joined.rank}.json").write_text(json.dumps(found))
     world.leave()
     os._exit(0)

@@ -164,6 +164,15 @@ def test_one_record_of_one_step_is_drawn(tmp_path: Path, rng: np.random.Generato
     assert not (tmp_path / "figures" / "validation.png").exists()
 
 
+def test_the_step_measured_for_the_plan_is_left_out_of_the_pace(tmp_path: Path, rng: np.random.Generator) -> None:
+    rows = [step_record(rng, step, step_seconds=9.0 if step == 3 else 0.5, measured=step == 3) for step in range(1, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (plot,) = (plot for plot in plan_plots(read_run(tmp_path)) if plot.name == "throughput")
+    assert plot.draw is not None
+    _, pace, waiting = plot.draw.args  # type: ignore[attr-defined]
+    assert np.flatnonzero(np.isnan(pace)).tolist() == [2] == np.flatnonzero(np.isnan(waiting)).tolist()
+
+
 def test_resumed_run_counts_each_step_once(tmp_path: Path, rng: np.random.Generator) -> None:
     first = [step_record(rng, step) for step in range(1, 9)]
     again = [step_record(rng, step) for step in range(6, 11)]

@@ -39,6 +39,18 @@ def test_a_failed_rank_ends_the_others(tmp_path: Path, monkeypatch: pytest.Monke
     assert time.monotonic() - started < 20
 
 
+def test_the_rank_that_was_killed_is_told_and_not_those_ended_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "GRACE", 0.3)
+    dies = python("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)")
+    assert launch.run_local(dies, 3, tmp_path) == -signal.SIGKILL
+    told = capfd.readouterr().err
+    assert told.startswith("error: rank 1: was killed") and "--resume" in told and told.count("rank ") == 1
+    launch.run_local(python("sys.exit(7) if rank == 1 else time.sleep(60)"), 3, tmp_path)
+    assert "was killed" not in capfd.readouterr().err
+
+
 def test_user_errors_of_ranks_come_up_once(tmp_path: Path) -> None:
     code = (
         "from sharding.errors import UserError; from sharding.launch import report_errors\n"
