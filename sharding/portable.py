@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import torch
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -93,6 +94,11 @@ class Portable:
     def shape(self, kind: Kind, name: str) -> list[int]:
         """Shape of a tensor, without reading it."""
         return self._files[kind][name].get_slice(name).get_shape()
+
+    def dtype(self, kind: Kind, name: str) -> torch.dtype:
+        """Kind of its numbers; reads one row at most."""
+        rows = self._files[kind][name].get_slice(name)
+        return rows[:1].dtype if rows.get_shape() else self.tensor(kind, name).dtype
 
     def tensor(self, kind: Kind, name: str) -> Tensor:
         """One tensor, on the CPU."""

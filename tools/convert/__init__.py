@@ -1,0 +1,1 @@
+"""`dist-train convert`: checkpoints of ours to and from the formats that others hold."""
