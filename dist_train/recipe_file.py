@@ -19,8 +19,8 @@ from sharding.plain_yaml import MOST_DEPTH, check_yaml
 MOST_REFERENCES = 16  # ${…}: each may copy what others have copied, so that 80 in a row fill any memory
 EXAMPLE = "Give the path of a recipe such as recipes/quickstart.yaml."
 # A recipe refers to its own keys alone: it may come from anywhere, and what it resolves to is printed and kept.
-for name in ("oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values", "oc.env", "oc.select"):
-    OmegaConf.clear_resolver(name)
+for resolver in ("oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values", "oc.env", "oc.select"):
+    OmegaConf.clear_resolver(resolver)
 
 
 def read_values(path: Path, overrides: Iterable[str] = ()) -> tuple[Any, list[UserError]]:

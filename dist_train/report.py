@@ -30,7 +30,7 @@ METRICS = {
 }
 # arXiv 2410.15029, Table II: CMU-MOSEI test MAE. Other corpora have other labels and are not comparable.
 MOSEI_PUBLISHED = {"complete": 0.506, "missing": 0.550}
-MOST_NAMES = 20  # of loss terms, phases and parts of memory that are drawn; a run has up to 15
+MOST_NAMES = 40  # of loss terms, phases and parts of memory that are drawn; a run has up to 15
 
 
 class Plot(NamedTuple):
