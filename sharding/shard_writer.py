@@ -91,13 +91,23 @@ def pack_sample(
         "size": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "label": float(label),
+        **lengths(audio, text, text_features, vision),
+    }
+    return PackedSample(data, row)
+
+
+def lengths(
+    audio: np.ndarray | None, text: str | None, text_features: np.ndarray | None, vision: np.ndarray | None
+) -> dict[str, float | int | None]:
+    """What the index says of a sample's lengths: see `Columns`."""
+    waveform = audio is not None and audio.ndim == 1
+    return {
         "audio_seconds": len(audio) / SAMPLE_RATE if audio is not None and waveform else None,
         "audio_frames": len(audio) if audio is not None and not waveform else None,
         "text_characters": None if text is None else len(text),
         "text_frames": None if text_features is None else len(text_features),
         "vision_frames": None if vision is None else len(vision),
     }
-    return PackedSample(data, row)
 
 
 def _encode_wav(waveform: np.ndarray | None) -> bytes:

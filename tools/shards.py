@@ -20,8 +20,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from sharding.errors import UserError, UserErrors
-from sharding.shard_writer import write_dataset
+from sharding.errors import UserError, UserErrors, plain
+from sharding.shard_writer import lengths, write_dataset
 from sharding.shards import (
     REMAKE,
     Dataset,
@@ -136,7 +136,7 @@ def inspect(directory: Path, *, as_json: bool) -> None:
     if info.set_aside:
         print(f"{len(info.set_aside)} samples set aside when the shards were made, e.g.")
         for aside in info.set_aside[:3]:
-            print(f"  {aside.reason}")
+            print(f"  {plain(aside.reason)}")
 
 
 def verify(directory: Path) -> None:
@@ -295,7 +295,10 @@ def _read_tar(
 def _verify_tar(root: Path, index: ShardIndex, dims: Dims) -> list[UserError]:
     tar = root / index.tar
     try:
-        errors = [found for _, found in _read_tar(root, index, dims) if isinstance(found, UserError)]
+        errors = []
+        for i, (row, found) in enumerate(_read_tar(root, index, dims)):
+            problem = found if isinstance(found, UserError) else _wrong_length(tar, index, i, row["key"], found)
+            errors += [] if problem is None else [problem]
         with tar.open("rb") as stream:
             whole = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
@@ -305,6 +308,15 @@ def _verify_tar(root: Path, index: ShardIndex, dims: Dims) -> list[UserError]:
     return errors
 
 
+def _wrong_length(tar: Path, index: ShardIndex, i: int, key: str, sample: dict[str, Any]) -> UserError | None:
+    """What the index says wrongly of a sample's lengths, by which steps are planned."""
+    for name, length in lengths(**sample).items():
+        said = getattr(index.columns, name)[i]
+        if said != length:
+            return UserError(f"{tar}, sample {key}", f"has {name} {length}, its index says {said}", REMAKE)
+    return None
+
+
 def _short(value: Any) -> str:
     text = "–" if value is None else f"{value:+.2f}" if isinstance(value, float) else str(value)
-    return escape(text if len(text) <= 60 else text[:59] + "…")
+    return escape(plain(text if len(text) <= 60 else text[:59] + "…"))

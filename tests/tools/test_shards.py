@@ -184,10 +184,10 @@ def _bad_files(corpus):
         "short_wav": ("audio", corpus.wav("short.wav", np.zeros(399)), "is too short"),
         "nan_wav": ("audio", corpus.wav("nan.wav", nan_wav, subtype="FLOAT"), "holds NaN"),
         "mixed": ("audio", corpus.npy("mixed.npy"), "is features, most audio of this corpus is waveforms"),
-        "noise_npy": ("vision", "noise.npy", "pickled objects"),  # NumPy takes anything without its magic for a pickle
-        "zero_npy": ("vision", "zero.npy", "is not a readable .npy"),
+        "noise_npy": ("vision", "noise.npy", "is no .npy file"),
+        "zero_npy": ("vision", "zero.npy", "is no .npy file"),
         "archive": ("vision", "archive.npy", "is an archive"),
-        "cut_npy": ("vision", "cut.npy", "is not a readable .npy"),
+        "cut_npy": ("vision", "cut.npy", "is truncated or lies"),
         "rank_1": ("vision", corpus.npy("r1.npy", np.zeros(5)), "has rank 1"),
         "rank_3": ("vision", corpus.npy("r3.npy", np.zeros((2, 5, 1))), "has rank 3"),
         "width": ("vision", corpus.npy("w.npy", np.zeros((2, 6))), "has width 6, most files of this corpus have 5"),
