@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dist_train.build import open_split
@@ -56,7 +57,7 @@ def shortcomings(
     return notes
 
 
-def column(recipe: Recipe, split: ShardedSplit, name: str) -> list[Any]:
+def column(recipe: Recipe, split: ShardedSplit, name: str) -> Sequence[float | int | None]:
     """Lengths of one modality as the recipe reads it, None where a clip lacks it."""
     columns = split.columns
     if name == "text":

@@ -89,7 +89,7 @@ class Recipe(BaseModel):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Arithmetic; masters, losses and softmax over time are fp32."
     )
-    data: DataSettings
+    data: DataSettings = Field(default_factory=DataSettings)
     widths: Widths = Field(default_factory=Widths, description="Filled in from the dataset.")
     audio: AudioSettings = Field(default_factory=AudioSettings)
     text: TextSettings = Field(default_factory=TextSettings)
@@ -109,6 +109,7 @@ class Recipe(BaseModel):
 
     def conflicts(self) -> Iterable[UserError]:
         """Fields that are right by themselves and wrong together."""
+        yield from self.data.conflicts()
         if self.audio.input == "waveform" and (self.audio.pretrained is None) == (self.audio.config is None):
             yield UserError(
                 "audio",
@@ -251,7 +252,7 @@ def kinds(schema: dict[str, Any]) -> set[str]:
 
 
 def without(values: dict[str, Any], places: Iterable[Sequence[int | str]]) -> dict[str, Any]:
-    """A copy of nested dicts less the named places; the data path is kept present."""
+    """A copy of nested dicts less the named places."""
     kept = copy.deepcopy(values)
     for place in places:
         inner: Any = kept
@@ -259,7 +260,6 @@ def without(values: dict[str, Any], places: Iterable[Sequence[int | str]]) -> di
             inner = inner.get(key) if isinstance(inner, dict) else None
         if isinstance(inner, dict) and place:
             inner.pop(place[-1], None)
-    kept.setdefault("data", {}).setdefault("path", "?")
     return kept
 
 

@@ -16,9 +16,9 @@ from dist_train.recipe import load_recipe
 from dist_train.run_directory import RunDirectory
 from sharding.checkpoint import read_state
 from sharding.errors import UserError
-from sharding.order import permutation
 from sharding.shard_writer import pack_sample, write_dataset
 from sharding.shards import Dims, Split, load_dataset
+from sharding.shuffle import permutation
 from tests import tiny
 from tests.corpus import read_only, small_disk
 from tests.end_to_end.commands import (

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.order import EpochPlan, permutation
+from sharding.order import EpochPlan
+from sharding.shuffle import permutation
 
 plans = st.builds(
     EpochPlan,
