@@ -192,6 +192,21 @@ def check_base(model: nn.Module, state: dict[str, Any], checkpoint: Path) -> Non
         )
 
 
+def check_data(split: ShardedSplit, state: dict[str, Any], checkpoint: Path) -> None:
+    """Refuses to continue a run on other clips: its order and what it has seen belong to those it began with.
+
+    Raises:
+        UserError: the content hashes differ. Other tars of the same clips have the same.
+    """
+    now, then = split.info.content_hash, state["content_hash"]
+    if now != then:
+        raise UserError(
+            str(checkpoint),
+            f"was trained on other clips ({then[:12]}) than the dataset holds now ({now[:12]})",
+            "Resume with the run's clips (in any tars), or start a new run.",
+        )
+
+
 def one_base(fingerprint: str) -> str:
     """The fingerprint of the frozen weights, which every rank read for itself (collective).
 

@@ -16,7 +16,16 @@ from rich.console import Console
 
 from dist_train.build import build_collator, build_model, build_training, open_split, training_plan
 from dist_train.costs import clip_costs
-from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, judged, one_base, predict, score
+from dist_train.evaluate import (
+    check_base,
+    check_data,
+    evaluate_checkpoint,
+    find_checkpoint,
+    judged,
+    one_base,
+    predict,
+    score,
+)
 from dist_train.foresight import MEASURED, Foresight, grid
 from dist_train.idle import idle_parts
 from dist_train.llm import load_tokenizer
@@ -92,6 +101,7 @@ class Trainer:
         self.progress = Progress()
         if last is not None:
             check_base(model, checkpoint.read_state(last), last)
+            check_data(self.train_split, checkpoint.read_state(last), last)
             checkpoint.load_weights(model, last)
         self.engine = build_training(
             recipe,

@@ -64,7 +64,7 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     Raises:
         ValueError: n, seed or epoch is negative or beyond 64 bits.
     """
-    return np.argsort(_bits(n, seed, epoch), kind="stable").astype(np.int64)
+    return _ranked(_bits(n, seed, epoch))
 
 
 def windowed(n: int, seed: int, epoch: int, window: Window, source: int = 0) -> np.ndarray:
@@ -86,7 +86,7 @@ def windowed(n: int, seed: int, epoch: int, window: Window, source: int = 0) -> 
     Raises:
         ValueError: see `permutation`.
     """
-    blocks = np.argsort(_bits(-(-n // window.block), seed, epoch, source, _BLOCKS), kind="stable")
+    blocks = _ranked(_bits(-(-n // window.block), seed, epoch, source, _BLOCKS))
     order = (blocks[:, None] * window.block + np.arange(window.block)).ravel()
     number = np.repeat(np.arange(len(blocks)) // (window.samples // window.block), window.block)
     here = order < n  # the last block may be short
@@ -121,7 +121,7 @@ def epoch_order(sources: Sequence[Source], seed: int, epoch: int, window: Window
     if len(parts) == 1:
         return parts[0]
     turns = np.repeat(np.arange(len(counts)), counts)
-    turns = turns[np.argsort(_bits(first, seed, epoch, 0, _TURNS), kind="stable")]
+    turns = turns[_ranked(_bits(first, seed, epoch, 0, _TURNS))]
     order = np.empty(first, np.int64)
     for number, part in enumerate(parts):
         order[turns == number] = part
@@ -153,9 +153,9 @@ def _visits(n: int, start: int, count: int, seed: int, number: int, window: Wind
     if window is not None:
         row = [windowed(n, seed, one, window, number) for one in passes]
     else:
-        row = [np.argsort(_bits(n, seed, one, number), kind="stable") for one in passes]
+        row = [_ranked(_bits(n, seed, one, number)) for one in passes]
     skipped = start - passes.start * n
-    return np.concatenate(row)[skipped : skipped + count].astype(np.int64)
+    return np.concatenate(row)[skipped : skipped + count]
 
 
 def _bits(n: int, seed: int, epoch: int, source: int = 0, purpose: int = _SAMPLES) -> np.ndarray:
@@ -164,3 +164,14 @@ def _bits(n: int, seed: int, epoch: int, source: int = 0, purpose: int = _SAMPLE
         raise ValueError(f"n, seed and epoch must lie in 0 … 2^64-1, got {n}, {seed}, {epoch}")
     key = np.array([seed, epoch], dtype=np.uint64)
     return np.random.Philox(key=key, counter=np.array([0, 0, purpose, source], dtype=np.uint64)).random_raw(n)
+
+
+def _ranked(bits: np.ndarray) -> np.ndarray:
+    """int64 [n]: np.argsort(bits, kind="stable"), in half the time by sorting the upper bits with the index below."""
+    n = len(bits)
+    low = np.uint64(2 ** max(n - 1, 0).bit_length() - 1)
+    order = (np.sort(bits & ~low | np.arange(n, dtype=np.uint64)) & low).astype(np.int64)
+    ranked = bits[order]
+    if (ranked[1:] > ranked[:-1]).all():
+        return order
+    return np.argsort(bits, kind="stable").astype(np.int64)  # equal upper bits: rare below ten million samples
