@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
@@ -66,7 +65,7 @@ class Readahead:
                 os.close(descriptor)
 
 
-def byte_ranges(table: Table, samples: np.ndarray) -> Iterator[tuple[Path, list[tuple[int, int]]]]:
+def byte_ranges(table: Table, samples: np.ndarray) -> Iterator[tuple[str, list[tuple[int, int]]]]:
     """Of each tar that holds some of the samples, the ranges to read: ascending, those closer than GAP joined.
 
     Args:

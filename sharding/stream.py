@@ -108,7 +108,7 @@ class ShardedSplit(Dataset[Sample]):
         tar = int(c.tar[index])
         return read_sample(
             self.descriptor(tar),
-            str(c.tars[tar]),
+            c.tars[tar],
             self.dims,
             key=self.name_in_tar(index),
             offset=int(c.offset[index]),
@@ -130,7 +130,7 @@ class ShardedSplit(Dataset[Sample]):
                 self._open[tar] = os.open(path, os.O_RDONLY)
             except OSError as error:
                 problem = f"cannot be opened ({error.strerror})"
-                raise UserError(str(path), problem, "Check that the shards are still there") from error
+                raise UserError(path, problem, "Check that the shards are still there") from error
         return self._open[tar]
 
     def __getstate__(self) -> dict[str, Any]:

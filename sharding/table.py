@@ -92,6 +92,25 @@ class Lengths(Sequence["float | int | None"]):
         """float64 [n], 0 where absent."""
         return np.nan_to_num(self.values)
 
+    @property
+    def present(self) -> bool:
+        """Whether any sample has the modality."""
+        return not bool(np.isnan(self.values).all())
+
+    def packed(self) -> np.ndarray:
+        """For a file: counts as int32, -1 where absent, if that holds them."""
+        if self.whole and np.nanmin(self.values) >= 0 and np.nanmax(self.values) < 2**31:
+            return np.nan_to_num(self.values, nan=-1).astype(np.int32)
+        return self.values
+
+    @classmethod
+    def unpacked(cls, packed: np.ndarray | None, name: str, n: int) -> Lengths:
+        """The inverse of `packed`, of the column `name` of n samples; None: all are absent."""
+        values = np.full(n, np.nan) if packed is None else packed
+        if values.dtype != np.float64:
+            values = np.where(values < 0, np.nan, values)
+        return cls(values, whole=name != "audio_seconds")
+
     def __len__(self) -> int:
         return len(self.values)
 
@@ -120,7 +139,7 @@ class Table:
     """One split's samples in key order; the columns are those of `shards.Columns`.
 
     Args:
-        tars: paths of the tars.
+        tars: paths of the tars (text: a large dataset has thousands).
         tar: int32 [n], in which of them a sample lies.
         key: names.
         offset, size: int64 [n], byte ranges.
@@ -129,7 +148,7 @@ class Table:
         audio_seconds, audio_frames, text_characters, text_frames, vision_frames: lengths.
     """
 
-    tars: list[Path]
+    tars: list[str]
     tar: np.ndarray
     key: Keys
     offset: np.ndarray
@@ -186,7 +205,7 @@ def table_of(root: Path, indexes: Sequence[ShardIndex]) -> Table:
     tar = np.repeat(np.arange(len(indexes), dtype=np.int32), [len(index.columns.key) for index in indexes])
     digests = np.frombuffer(bytes.fromhex("".join(every["sha256"])), np.uint8).reshape(-1, 32)
     return Table(
-        tars=[root / index.tar for index in indexes],
+        tars=[f"{root}/{index.tar}" for index in indexes],
         tar=tar[order],
         key=Keys.of([every["key"][i] for i in order]),
         offset=np.array(every["offset"], np.int64)[order],
@@ -209,7 +228,8 @@ def write_columns(root: Path, split: str, indexes: Sequence[ShardIndex]) -> None
     if len(set(table.key)) < len(table):
         return
     arrays = {"key": table.key.text, "key_ends": table.key.ends}
-    arrays |= {name: getattr(table, name) for name in PLACES} | {n: getattr(table, n).values for n in LENGTHS}
+    arrays |= {name: getattr(table, name) for name in PLACES}
+    arrays |= {name: getattr(table, name).packed() for name in LENGTHS if getattr(table, name).present}
     tars = {index.tar: [index.bytes, index.sha256, _size_of_index(root, index.tar)] for index in indexes}
     origin = json.dumps({"tars": tars, "arrays": {name: crc32(array.data) for name, array in sorted(arrays.items())}})
     with columns_path(root, split).open("wb") as stream:
@@ -225,7 +245,8 @@ def read_columns(root: Path, split: str, part: SplitInfo) -> Table | None:
             origin = json.loads(file.metadata()["origin"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
         tars = {e.file: [e.bytes, e.sha256, _size_of_index(root, e.file)] for e in part.shards}
-        sizes = [(root / entry.file).stat().st_size for entry in part.shards]
+        files = [f"{root}/{entry.file}" for entry in part.shards]
+        sizes = [os.stat(file).st_size for file in files]  # noqa: PTH116  Path is slow where there are thousands
         counts = np.bincount(arrays["tar"], minlength=len(tars)).tolist()
         same = (
             list(origin["tars"].items()) == list(tars.items())
@@ -236,15 +257,15 @@ def read_columns(root: Path, split: str, part: SplitInfo) -> Table | None:
         if not same:
             return None
         columns: dict[str, Any] = {name: arrays[name] for name in PLACES}
-        columns |= {name: Lengths(arrays[name], whole=name != "audio_seconds") for name in LENGTHS}
+        columns |= {name: Lengths.unpacked(arrays.get(name), name, len(arrays["tar"])) for name in LENGTHS}
         columns["key"] = Keys(arrays["key"], arrays["key_ends"])
-        return Table([root / entry.file for entry in part.shards], **columns)
+        return Table(files, **columns)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
         return None
 
 
 def _size_of_index(root: Path, tar: str) -> int:
-    return (root / f"{tar}.index.json").stat().st_size
+    return os.stat(f"{root}/{tar}.index.json").st_size  # noqa: PTH116
 
 
 def columns_path(root: Path, split: str) -> Path:

@@ -1,6 +1,7 @@
 """Several datasets as one: the samples of each under its name, and what does not fit told at once."""
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_the_hash_is_a_function_of_parts_and_weights(parts, tmp_path):
 def test_a_damaged_sample_is_named_with_its_tar(parts):
     split = MixedSplit(parts, "train")
     index = 7
-    tar = split.columns.tars[split.columns.tar[index]]
+    tar = Path(split.columns.tars[split.columns.tar[index]])
     data = bytearray(tar.read_bytes())
     data[split.columns.offset[index] + 600] ^= 255
     tar.write_bytes(data)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_columns_repeat_the_indexes(root):
     assert list(table.key) == sorted(rows)
     for i, key in enumerate(sorted(rows)):
         found = {name: getattr(table, name)[i] for name in Columns.model_fields}
-        found |= {"sha256": table.sha256[i].tobytes().hex(), "tar": table.tars[table.tar[i]].name}
+        found |= {"sha256": table.sha256[i].tobytes().hex(), "tar": Path(table.tars[table.tar[i]]).name}
         assert found == rows[key]
         assert all(type(found[name]) is type(rows[key][name]) for name in rows[key] if name.endswith(("frames", "rs")))
 
@@ -115,10 +116,14 @@ def test_keys_are_a_sequence(names):
             keys[beyond]
 
 
-@given(st.lists(st.none() | st.integers(0, 2**40)), st.booleans())
+@given(st.lists(st.none() | st.integers(0, 9) | st.integers(-1, 2**40)), st.booleans())
 def test_lengths_are_a_sequence(values, whole):
     values = values if whole else [None if value is None else value / 16000 for value in values]
     lengths = Lengths.of(values, whole=whole)
     assert list(lengths) == values == lengths and [lengths[i] for i in range(len(values))] == values
     assert lengths[1:3] == values[1:3] and len(lengths) == len(values)
+    if lengths.present:
+        assert (
+            list(Lengths.unpacked(lengths.packed(), "text_frames" if whole else "audio_seconds", len(values))) == values
+        )
     assert filled(lengths).tolist() == filled(values).tolist() == [value or 0 for value in values]
