@@ -80,7 +80,7 @@ class MixedSplit(ShardedSplit):
         tables = each(having, lambda part: open_table(part.root, split)[1])
         self._prefixes = [len(part.name) + 1 for part in having]
         self._firsts = np.cumsum([0, *map(len, tables)])
-        sources = tuple(Source(len(table), part.weight) for part, table in zip(having, tables, strict=True))
+        sources = tuple(Source(len(table), part.weight, part.name) for part, table in zip(having, tables, strict=True))
         try:
             shares(sources)
         except ValueError as error:

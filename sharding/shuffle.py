@@ -41,10 +41,12 @@ class Source:
     Args:
         samples: in its split, >= 1.
         weight: its part of an epoch, relative to those of the others, > 0.
+        name: for messages.
     """
 
     samples: int
     weight: float = 1.0
+    name: str = ""
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -132,14 +134,15 @@ def shares(sources: Sequence[Source]) -> list[int]:
     """Samples of an epoch that each source contributes: in proportion to the weights, rounded by largest remainder.
 
     Raises:
-        ValueError: a source would contribute less than one; names its number.
+        ValueError: a source would contribute less than one.
     """
     total = sum(source.samples for source in sources)
     weights = [Fraction(source.weight) for source in sources]  # exact: all machines round alike
     quotas = [total * weight / sum(weights) for weight in weights]
     for number, quota in enumerate(quotas):
         if quota < 1:
-            raise ValueError(f"source {number} would contribute {float(quota):.2g} samples to an epoch of {total}")
+            name = sources[number].name or f"source {number}"
+            raise ValueError(f"{name} would contribute {float(quota):.2g} samples to an epoch of {total}")
     counts = [int(quota) for quota in quotas]
     by_remainder = sorted(range(len(quotas)), key=lambda number: (counts[number] - quotas[number], number))
     for number in by_remainder[: total - sum(counts)]:

@@ -34,7 +34,7 @@ def same(a, b):
 def test_samples_are_those_of_the_parts_under_their_names(parts):
     split = MixedSplit(parts, "train")
     alone = {name: ShardedSplit(root, "train") for name, root, _ in parts if name != "c"}
-    assert len(split) == 15 and split.sources == (Source(6, 0.5), Source(9, 2.0))
+    assert len(split) == 15 and split.sources == (Source(6, 0.5, "a-b"), Source(9, 2.0, "b"))
     expected = [(name, i) for name in ("a-b", "b") for i in range(len(alone[name]))]
     for index, (name, i) in enumerate(expected):
         found, sample = split[index], alone[name][i]
@@ -109,5 +109,5 @@ def test_no_part_has_the_split(parts):
 
 
 def test_a_weight_that_gives_nothing(parts):
-    with pytest.raises(UserError, match="source 0 would contribute"):
+    with pytest.raises(UserError, match="a-b would contribute"):
         MixedSplit([parts[0], parts[2]._replace(weight=1e-3)], "train")
