@@ -146,15 +146,18 @@ class RunDirectory:
 
 
 def refuse_links(path: Path) -> None:
-    """Refuses a run directory through which something outside would be written over or, as old checkpoints, removed.
+    """Refuses a run directory through which something outside would be written over. That all checkpoints lie on
+    another disk, by a link, is usual.
 
     Raises:
         UserError: names the link.
     """
-    inside = path.resolve()
+    inside, stored = path.resolve(), path / "checkpoints"
     for entry in sorted((*path.glob("*"), *path.glob("*/*"))):
         try:
-            leads_out = entry.is_symlink() and not entry.resolve().is_relative_to(inside)
+            places = (inside, stored.resolve())
+            leads_out = entry.is_symlink() and not any(map(entry.resolve().is_relative_to, places))
+            leads_out = leads_out and not (entry == stored and entry.is_dir())
         except RuntimeError:  # links in a circle
             leads_out = True
         if leads_out:

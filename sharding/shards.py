@@ -1,6 +1,12 @@
 """The on-disk corpus: plain WebDataset tars, an index beside each, one dataset.json.
 
-`shard_writer` writes it; here are its models and the reading of samples by byte range.
+    dataset.json                    counts, dims, label statistics, content hash, tars of each split
+    train-000000.tar                samples: KEY.wav | KEY.audio.npy, KEY.txt, KEY.text.npy, KEY.vision.npy, KEY.json
+    train-000000.tar.index.json     of each sample: byte range, checksum, label, lengths
+    train.columns.safetensors       optional: the rows of all indexes of a split in key order, for opening (see `table`)
+
+`shard_writer` writes it; here are its models and the reading of samples by byte range. `dist-train shards make` puts
+the samples of a split into its tars in key order; a reader may not rely on that.
 
 Sample bytes do not depend on the shard they lie in, so `content_hash` (sha256 over the sorted lines
 "split TAB key TAB sample sha256 NEWLINE") names the content and not its layout: other shard sizes, manifest orders and

@@ -87,7 +87,6 @@ def metrics(**fields: Any) -> Callable[[Path], Words]:
 CASES = [
     Case("report.html that links to a file outside", run("report.html", outside), (LINK.format("report.html"),)),
     Case("figures that link to a directory outside", run("figures", outside), (LINK.format("figures"),)),
-    Case("checkpoints that link outside", run("checkpoints", outside, "evaluate"), (LINK.format("checkpoints"),)),
     Case("logs that link outside", run("logs", outside, "evaluate"), (LINK.format("logs"),)),
     Case("tokenizer that links outside", run("tokenizer", outside, "train"), (LINK.format("tokenizer"),)),
     Case("predictions that link outside", run("predictions_test.csv", outside, "evaluate"),
