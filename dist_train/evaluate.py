@@ -210,9 +210,20 @@ def same_bases(bases: dict[str, str]) -> dict[str, str]:
 
 
 def evaluate_checkpoint(
-    run: RunDirectory, recipe: Recipe, checkpoint: Path, split_name: str, *, accept_other_base: bool = False
+    run: RunDirectory,
+    recipe: Recipe,
+    checkpoint: Path,
+    split_name: str,
+    *,
+    accept_other_base: bool = False,
+    train_labels: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint on a split and writes the predictions; returns the scores (collective)."""
+    """Evaluates a checkpoint on a split and writes the predictions; returns the scores (collective).
+
+    Args:
+        accept_other_base: even if it was trained on other frozen weights.
+        train_labels: for the floors, where the training split is open; its shards may have gone meanwhile.
+    """
     model, collate = load_trained(run, recipe, checkpoint, accept_other_base=accept_other_base)
     split = open_split(recipe, split_name)
     predictions = predict(
@@ -223,7 +234,7 @@ def evaluate_checkpoint(
         workers=recipe.data.workers,
         costs=clip_costs(recipe, split),
     )
-    scores = score(predictions, open_split(recipe, "train").labels)
+    scores = score(predictions, open_split(recipe, "train").labels if train_labels is None else train_labels)
     if dist.get_rank() == 0:
         write_predictions(run.path, split_name, predictions)
     return {**scores, "set_aside": predictions.set_aside, "clips": len(predictions.keys)}

@@ -358,8 +358,10 @@ def train(
         best = find_checkpoint(run, "best")
         names = [name for name in train_split.info.splits if name != "train"]
         # What it was trained on was looked at when it was resumed.
+        labels = train_split.labels
         splits: dict[str, Any] = {
-            name: evaluate_checkpoint(run, recipe, best, name, accept_other_base=True) for name in names
+            name: evaluate_checkpoint(run, recipe, best, name, accept_other_base=True, train_labels=labels)
+            for name in names
         }
     if foresight is not None:
         pace = speed(read_steps(run.metrics))

@@ -88,6 +88,29 @@ def test_bad_clips_are_set_aside_and_counted_over_all_ranks(recipe: Path, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("policy", ["stop", "set_aside"])
+def test_shards_that_are_cut_or_vanish_while_training(policy: str, recipe: Path, corpus: Path, tmp_path: Path) -> None:
+    """By recipe the run stops, or goes on without those clips and counts them; it never waits for them."""
+    data, output = Path(shutil.copytree(corpus, tmp_path / "shards")), tmp_path / "run"
+    changes = [f"data.path={data}", f"data.on_bad_sample={policy}", "data.workers=1", "training.epochs=8"]
+    with started("train", recipe, *changes, "--output", output, "--ranks", "2") as process:
+        wait_until((output / "checkpoints/last").exists, process)
+        (data / "train-000000.tar").unlink()
+        os.truncate(data / "train-000001.tar", 3000)
+        printed = process.communicate(timeout=150)[1]
+    assert "Traceback" not in printed, printed
+    if policy == "stop":
+        assert process.returncode == REFUSED
+        assert any(
+            "train-00000" in line and ("cannot be opened" in line or "checksum" in line) for line in errors(printed)
+        )
+        return
+    assert process.returncode == 0, printed
+    summary = json.loads((output / "summary.json").read_text())
+    assert 8 < summary["set_aside"] <= 16 and "Training clips set aside" in " ".join(summary["notes"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("split", "clips"), [("train", 13), ("valid", 4)])
 def test_a_split_of_which_no_clip_is_left_stops_training(split: str, clips: int, recipe: Path, tmp_path: Path) -> None:
     data = long_corpus(tmp_path, **{split: range(clips)})
