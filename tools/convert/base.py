@@ -1,0 +1,275 @@
+"""The frozen weights a checkpoint was trained beside, unquantised, by the names of the stock model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, WavLMConfig, WavLMModel
+
+from dist_train.audio import build_wavlm
+from dist_train.build import build_model
+from dist_train.pretrained import LOAD_ERRORS, cannot_load
+from sharding.errors import UserError
+from tools.convert.held import Tensors
+from tools.convert.merge import by_module
+from tools.convert.pickles import load_pickle, tensors_of
+from tools.convert.source import CALLED, KEY, PREFIX, Context, Part, Run, in_memory, select
+
+OLD_NORM = {".weight_g": ".parametrizations.weight.original0", ".weight_v": ".parametrizations.weight.original1"}
+
+
+@dataclass(frozen=True)
+class Base:
+    """Frozen weights.
+
+    Args:
+        tensors: by the names of the stock model (AutoModelForCausalLM, WavLMModel).
+        config: its configuration.
+        folder: where they lie; None where a run drew them at random.
+        files: of them.
+    """
+
+    tensors: Tensors
+    config: PretrainedConfig
+    folder: Path | None
+    files: list[Path]
+
+
+def find_base(context: Context, part: Part, named: Path | None = None) -> Base:
+    """The base of a part: `--base`, else the folder that the source names, else what the run's recipe says.
+
+    Raises:
+        UserError: nothing tells, or it cannot be read.
+    """
+    if context.base is not None:
+        return open_folder(context.base, part, "--base")
+    if named is not None and named.is_dir():
+        return open_folder(named, part, "--base")
+    called = CALLED[part]
+    run = context.needs_run(f"its recipe tells the {called}'s base") if named is None else context.run
+    if run is None:
+        raise UserError(
+            "--base", f"is needed: the source names {named}, which is no folder here", f"Give the {called}'s folder."
+        )
+    name = (run.recipe.audio if part == "audio" else run.recipe.text).pretrained
+    if part == "audio" and run.recipe.audio.input == "features":
+        raise UserError(str(run.path), "has no WavLM (audio.input is features)", "Choose another format.")
+    if name is not None:
+        return open_folder(local_folder(name, f"{KEY[part]}.pretrained"), part, f"{KEY[part]}.pretrained")
+    return drawn(run, part)
+
+
+def local_folder(name: str, where: str) -> Path:
+    """A folder, or a hub id that has been downloaded before.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    try:
+        return Path(snapshot_download(name, local_files_only=True))
+    except (LocalEntryNotFoundError, HfHubHTTPError, ValueError, OSError):
+        raise UserError(where, f"{name!r} is neither a folder here nor downloaded", "Give it by --base.") from None
+
+
+def drawn(run: Run, part: Part) -> Base:
+    """What a run without pretrained files started from: drawn again from its seed, without quantisation."""
+    recipe = run.recipe.model_copy(deep=True)
+    recipe.audio.quantisation = recipe.text.quantisation = "none"
+    if part == "audio":
+        torch.manual_seed(recipe.seed)  # WavLM is the first that draws
+        model: Any = build_wavlm(recipe.audio, recipe.dtype)
+        config: PretrainedConfig = model.config
+        weights = dict(model.state_dict())
+    else:
+        model = build_model(recipe, run.tokenizer(), resumed=True).llm.causal
+        config = type(model.config).from_dict(model.config.to_dict())
+        weights = {name.replace(".base_layer.", "."): x for name, x in model.state_dict().items()}
+    config.architectures = [type(model).__name__]
+    kept = stock_shapes(config, part)
+    weights = {name: x.to(recipe.dtype) for name, x in weights.items() if name in kept}
+    return Base(in_memory(weights), config, None, [])
+
+
+def open_folder(folder: Path, part: Part, where: str) -> Base:
+    """A Hugging Face folder of the kind of model that `part` is; what else it holds is left out.
+
+    Raises:
+        UserError: it is another one, quantised, or incomplete.
+    """
+    config = read_config(folder, part, where)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(where, f"{folder} holds a quantised model", "Give the folder of the unquantised one.")
+    tensors, files = read_folder(folder, where)
+    wanted = stock_shapes(config, part)
+    held = {stock_name(name, part): name for name in tensors.shapes}
+    absent = sorted(wanted.keys() - held.keys())
+    if absent:
+        raise UserError(
+            where,
+            f"{folder} lacks {len(absent)} weights of a {CALLED[part]}, e.g. {absent[0]}",
+            "Give the whole folder of a model of that kind.",
+        )
+    wrong = next((name for name, shape in wanted.items() if tensors.shapes[held[name]] != shape), None)
+    if wrong is not None:
+        raise UserError(
+            where,
+            f"{folder} has {wrong} of shape {tensors.shapes[held[wrong]]}, its config.json says {wanted[wrong]}",
+            "Give a folder whose files belong together.",
+        )
+    return Base(select(tensors, {name: held[name] for name in wanted}), config, folder, files)
+
+
+def read_config(folder: Path, part: Part, where: str) -> PretrainedConfig:
+    """config.json of a folder.
+
+    Raises:
+        UserError: it is missing or of another kind of model.
+    """
+    if not folder.is_dir():
+        raise UserError(where, f"{folder} is no folder", f"Give the folder of the {CALLED[part]}.")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except LOAD_ERRORS as error:
+        raise cannot_load(where, str(folder), error) from None
+    if isinstance(config, WavLMConfig) != (part == "audio"):
+        raise UserError(where, f"{folder} holds a {config.model_type} model", f"Give the folder of the {CALLED[part]}.")
+    return config
+
+
+def stock_model(config: PretrainedConfig, part: Part) -> Any:
+    """transformers' own model on the meta device."""
+    kind: Any = WavLMModel
+    with torch.device("meta"):
+        return kind(config) if part == "audio" else AutoModelForCausalLM.from_config(config)
+
+
+def stock_shapes(config: PretrainedConfig, part: Part) -> dict[str, list[int]]:
+    """Shapes of the stock model's weights; of tied ones the first name only."""
+    model = stock_model(config, part)
+    parameters = {name: list(x.shape) for name, x in model.named_parameters()}
+    kept = model.state_dict().keys()
+    buffers = {name: list(x.shape) for name, x in model.named_buffers() if name in kept}
+    return {**parameters, **buffers}
+
+
+def stock_name(name: str, part: Part) -> str:
+    """A file's name of a weight → that in memory."""
+    if part == "audio":
+        name = name.removeprefix("wavlm.")
+        for old, new in OLD_NORM.items():
+            if name.endswith(old):
+                return name.removesuffix(old) + new
+    return name
+
+
+def read_folder(folder: Path, where: str) -> tuple[Tensors, list[Path]]:
+    """All tensors of a Hugging Face folder's weight files, and these files.
+
+    Raises:
+        UserError: there are none, or one is damaged.
+    """
+    for stem, end in (("model", "safetensors"), ("pytorch_model", "bin")):
+        files = sorted(folder.glob(f"{stem}.{end}")) or sorted(folder.glob(f"{stem}-*-of-*.{end}"))
+        if files:
+            break
+    else:
+        raise UserError(where, f"{folder} has no model*.safetensors or pytorch_model*.bin", "Give the whole folder.")
+    whole = {int(file.stem.rpartition("-of-")[2]) for file in files if "-of-" in file.stem}
+    if whole and whole != {len(files)}:
+        raise UserError(where, f"{folder} has {len(files)} of {max(whole)} weight files", "Give the whole folder.")
+    return (open_safetensors(files, where) if end == "safetensors" else open_pickles(files)), files
+
+
+def open_safetensors(files: list[Path], where: str) -> Tensors:
+    """Tensors of several safetensors files, read when asked for."""
+    shapes: dict[str, list[int]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    readers: dict[str, Callable[[str], Tensor]] = {}
+    for path in files:
+        try:
+            file = safe_open(path, "pt")
+            for name in file.keys():  # noqa: SIM118
+                rows = file.get_slice(name)
+                shapes[name], readers[name] = rows.get_shape(), file.get_tensor
+                dtypes[name] = rows[:1].dtype if shapes[name] else file.get_tensor(name).dtype
+        except (OSError, SafetensorError) as error:
+            raise UserError(where, f"{path} cannot be read ({error})", "Give the whole file.") from None
+    return Tensors(shapes, dtypes, lambda name: readers[name](name))
+
+
+def open_pickles(files: list[Path]) -> Tensors:
+    """Tensors of several files of torch.save, mapped."""
+    return in_memory({name: x for path in files for name, x in tensors_of(load_pickle(path), path).items()})
+
+
+def check_base(base: Base, run: Run, part: Part, trained: Tensors, expected: str | None) -> str | None:
+    """Compares unquantised frozen weights with the fingerprint that the checkpoint keeps of them.
+
+    Args:
+        trained: weights of the checkpoint.
+        expected: the fingerprint.
+
+    Returns:
+        Why they were not compared; None if they were.
+
+    Raises:
+        UserError: they are others.
+    """
+    settings = run.recipe.audio if part == "audio" else run.recipe.text
+    if expected is None:
+        return f"the {CALLED[part]}'s base was not compared: the source keeps no fingerprint of it"
+    if settings.quantisation != "none":
+        return (
+            f"the {CALLED[part]}'s base was not compared: the checkpoint keeps the fingerprint of its "
+            f"{settings.quantisation} weights"
+        )
+    if fingerprint(base, run, part, trained) != expected:
+        raise UserError(
+            str(base.folder or run.path),
+            f"holds other weights than the {CALLED[part]} this checkpoint was trained on",
+            "Give the original folder by --base.",
+        )
+    return None
+
+
+def fingerprint(base: Base, run: Run, part: Part, trained: Tensors) -> str:
+    """sharding.checkpoint's fingerprint of a part, computed from the base's files, tensor by tensor."""
+    prefix = PREFIX[part]
+    adapted = {module.removeprefix(prefix) for module in by_module(trained.shapes)}
+    total = hashlib.sha256()
+    named = {}
+    for name in base.tensors.shapes:
+        module, _, last = name.rpartition(".")
+        ours = f"{prefix}{module}.base_layer.{last}" if module in adapted else f"{prefix}{name}"
+        if ours not in trained.shapes and not (part == "audio" and cut_off(run, base.config, name)):
+            named[ours] = name
+    for ours, name in sorted(named.items()):
+        value = base.tensors.read(name)
+        if value.is_floating_point():
+            value = value.to(run.recipe.dtype)
+        total.update(f"{ours}{tuple(value.shape)}{value.dtype}".encode())
+        total.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def cut_off(run: Run, config: PretrainedConfig, name: str) -> bool:
+    """Whether a run's WavLM lacks a weight because nothing reads the layers above `audio.layer`."""
+    if run.recipe.simulation.rollout != "none":
+        return False
+    count = config.num_hidden_layers
+    layer = run.recipe.audio.layer % (count + 1)
+    if name.startswith("encoder.layer_norm."):
+        return bool(config.do_stable_layer_norm) and layer < count
+    split = name.split(".")
+    return split[:2] == ["encoder", "layers"] and int(split[2]) >= layer
