@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -53,6 +54,7 @@ def convert(
         UserError: what is wrong; nothing is left of the result then.
     """
     console = Console()
+    transformers.utils.logging.disable_progress_bar()
     target = by_name(to)
     if dtype is not None and dtype not in DTYPES:
         raise UserError("--dtype", f"is {dtype!r}", "Write fp32 or bf16.")

@@ -191,6 +191,7 @@ def detect(path: Path) -> Format:
     for one in FORMATS:
         if function(one.detect)(path):
             return one
+    function("pickles:explain")(path)
     raise UserError(
         str(path),
         "is of no format that is known",

@@ -66,3 +66,15 @@ def keys_of(path: Path) -> set[str]:
         return set()
     inner = {str(key) for value in held.values() if isinstance(value, dict) for key in value}
     return {str(key) for key in held} | inner
+
+
+def explain(path: Path) -> None:
+    """Says why a file of torch.save was not recognised, where it cannot be read or is refused.
+
+    Raises:
+        UserError: it is so.
+    """
+    files = [path] if path.is_file() else [path / name for name in ("model.pt", "pytorch_model.bin", "fusion.pt")]
+    for file in files:
+        if file.is_file() and file.suffix in (".pt", ".pth", ".bin"):
+            load_pickle(file)

@@ -36,7 +36,7 @@ def read(path: Path, context: Context) -> Source:
     folder = checkpoint_of(path)
     held = read_portable(Portable(folder))
     checksums = {folder / name: entry.sha256 for name, entry in portable.read_manifest(folder).files.items()}
-    return Source(held, [*sorted(checksums), folder / MANIFEST], checksums=checksums)
+    return Source(held, [*sorted(checksums), folder / MANIFEST], complete=True, checksums=checksums)
 
 
 def plan(source: Source, context: Context) -> Outgoing:
@@ -48,20 +48,18 @@ def plan(source: Source, context: Context) -> Outgoing:
     left, notes = list(source.left_out), []
     state = dict(source.held.state)
     weights, moments = source.held.weights, source.held.moments
-    whole = context.run is None
-    if context.run is not None:
-        best = read_portable(context.run.best())
-        whole = weights.shapes.keys() == best.weights.shapes.keys()
-        state = {**best.state, **state} if whole else dict(best.state)
+    run = context.run if source.complete else context.needs_run("its checkpoint gives what the source does not hold")
+    if run is not None:
+        best = read_portable(run.best())
         check_shapes(weights, best.weights)
-    if not whole:
-        assert context.run is not None
-        weights = select(weights, fitting(source, context, context.run, best), torch.float32)
-        rest = len(best.weights.shapes) - len(weights.shapes)
-        step = context.run.checkpoint().name
-        notes.append(f"{len(weights.shapes)} weights are the source's, {rest} those of {step} of the run")
-        weights, moments = together(best.weights, weights), nothing()
-        left.append("the optimizer's moments: they belong to other weights")
+        if weights.shapes.keys() == best.weights.shapes.keys():
+            state = {**best.state, **state}
+        else:
+            weights = select(weights, fitting(source, context, run, best), torch.float32)
+            rest = len(best.weights.shapes) - len(weights.shapes)
+            notes.append(f"{len(weights.shapes)} weights are the source's, {rest} those of {run.best().directory.name}")
+            weights, moments, state = together(best.weights, weights), nothing(), dict(best.state)
+            left.append("the optimizer's moments: they belong to other weights")
     if not moments.shapes:
         state["adam_step"] = 0
     tensors = together(weights, moments)

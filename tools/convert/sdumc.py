@@ -148,8 +148,8 @@ def plan(source: Source, context: Context) -> Outgoing:
     tensors = select(whole, {INSIDE + name: name for name in whole.shapes})
     notes = [f"the official class with this imagination is that of toolkit/models/{CLASSES[skip]!r}"]
     notes += [f"{', '.join(UNUSED)} are as at the start: no forward uses them"]
-    official = {"fc_att.weight": [3, 256], "missing_text_imagination_mlp.encoder_0.0.weight": [128, 256],
-                "missing_cross_text_query_imagination_mlp.encoder_0.0.weight": [64, 128]}  # fmt: skip
+    widths = {"fc_att.weight": [3, 256], "missing_text_imagination_mlp.encoder_0.0.weight": [128, 256],
+              "missing_cross_text_query_imagination_mlp.encoder_0.0.weight": [64, 128]}  # fmt: skip
     odd = [name for name, shape in widths.items() if weights.shapes[names[name]] != shape]
     if odd:
         notes.append(

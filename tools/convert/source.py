@@ -31,6 +31,7 @@ class Source:
     Args:
         held: weights, moments, state.
         files: what was read, for the checksums.
+        complete: it holds all that a run trains.
         models: configuration of each part that is whole; of the others `held` has only what is trained.
         adapters: PEFT's configuration of the adapters, where the format has one.
         tokenizer: of the language model, where the format has one.
@@ -41,6 +42,7 @@ class Source:
 
     held: Held
     files: list[Path]
+    complete: bool = False
     models: dict[Part, PretrainedConfig] = field(default_factory=dict)
     adapters: dict[Part, Any] = field(default_factory=dict)
     tokenizer: PreTrainedTokenizerBase | None = None
