@@ -112,11 +112,16 @@ def folder_of(path: Path, pointer: str) -> Path:
         raise UserError(
             str(path), f"holds neither *_model_states.pt nor a file {pointer} that names a tag", "Give another folder."
         ) from None
-    if not tag or Path(tag).name != tag or not (path / tag).is_dir():
+    if not stays(tag) or not (path / tag).is_dir():
         raise UserError(
             str(path / pointer), f"names {tag[:80]!r}, and there is no such folder", "Give the folder of a tag."
         )
     return path / tag
+
+
+def stays(name: str) -> bool:
+    """Whether a name is one of something in a folder, and leads nowhere else."""
+    return Path(name).name == name and name not in ("", "..")
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,8 @@ def open_model(folder: Path) -> Model:
     other = next((path for path, match in found.items() if match is None), None)
     if other is not None:
         raise UserError(str(other), SPLIT_MODEL, "Merge the model's parts with the tools that made it.")
+    if not found:
+        raise UserError(str(folder), "holds no *_model_states.pt", ANOTHER)
     whole = folder / "mp_rank_00_model_states.pt"
     path = whole if whole in found else folder / "zero_pp_rank_0_mp_rank_00_model_states.pt"
     common = load(path)

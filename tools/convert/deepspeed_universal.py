@@ -28,7 +28,7 @@ from torch import Tensor
 from sharding.engine_state import MOMENTS
 from sharding.errors import UserError
 from sharding.portable import flush, writing
-from tools.convert.deepspeed_files import ANOTHER, OURS, folder_of, laid_out, load, open_model
+from tools.convert.deepspeed_files import ANOTHER, OURS, folder_of, laid_out, load, open_model, stays
 from tools.convert.held import Held, Tensors
 from tools.convert.safetensors_shards import unseen
 
@@ -119,7 +119,7 @@ def plain_name(zero: Path, name: str) -> str:
     Raises:
         UserError: it would lead elsewhere.
     """
-    if not name or Path(name).name != name:
+    if not stays(name):
         raise UserError(str(zero / name), "is no name of a parameter that a folder can have", "Rename the parameter.")
     return name
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,30 @@ from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sharding import portable
+from sharding.checkpoint import trainables
 from sharding.collectives import gather_objects
-from sharding.engine_state import MOMENTS, create_moments, master, set_adam_step, set_master, set_moment
+from sharding.engine_state import MOMENTS, create_moments, master, moment, set_adam_step, set_master, set_moment
+from sharding.portable import Portable
 from sharding.zero import ZeroSettings, build_engine
 
 WORDS, WIDTH, ROWS = 191, 50, 4  # half of the words is more than the 4096 elements below which 8-bit Adam keeps fp32
 RATE, SAVED_AT, UNTIL = 0.01, 3, 6
-# name: ZeRO stage, bf16, trainables only, 8-bit Adam
-CASES: dict[str, tuple[int, bool, bool, bool]] = {
-    **{f"zero{stage}_{kind}": (stage, kind == "bf16", False, False) for stage in range(4) for kind in ("fp32", "bf16")},
-    **{f"zero{stage}_trainables": (stage, False, True, False) for stage in range(4)},
-    "zero2_8bit": (2, False, True, True),
-    "zero3_8bit": (3, False, True, True),
+# What is saved: settings of `engine_of`; only: trainables only. Stage 3 comes last, as it replaces torch's linear.
+CASES: dict[str, dict[str, Any]] = {
+    "zero0_fp32": {"stage": 0},
+    "zero0_one_group": {"stage": 0, "groups": 1, "only": True},
+    "zero0_one_group_bf16": {"stage": 0, "groups": 1, "only": True, "bf16": True},
+    "zero1_fp32": {"stage": 1},
+    "zero1_bf16": {"stage": 1, "bf16": True},
+    "zero2_fp32": {"stage": 2},
+    "zero2_bf16": {"stage": 2, "bf16": True},
+    "zero2_trainables": {"stage": 2, "only": True},
+    "zero2_8bit": {"stage": 2, "only": True, "eight": True},
+    "zero2_one_group": {"stage": 2, "groups": 1},
+    "zero3_fp32": {"stage": 3},
+    "zero3_bf16": {"stage": 3, "bf16": True},
+    "zero3_trainables": {"stage": 3, "only": True},
+    "zero3_8bit": {"stage": 3, "only": True, "eight": True},
 }
 
 
@@ -44,14 +54,14 @@ class Toy(nn.Module):
         torch.manual_seed(seed)
         self.words = nn.Embedding(WORDS, WIDTH)
         self.words.weight.data.mul_(0.1)
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("centre", torch.randn(WIDTH) * 0.1)
-        self.register_buffer("unsaved", torch.ones(3), persistent=False)
         self.down = nn.Linear(WIDTH, 7)
         self.up = nn.Linear(7, WIDTH)
         self.gain = nn.Parameter(torch.ones(1))
         torch.manual_seed(seed if base_seed is None else base_seed)
         self.base = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.register_buffer("steps", torch.tensor(seed))
+        self.register_buffer("centre", torch.randn(WIDTH) * 0.1)
+        self.register_buffer("unsaved", torch.ones(3), persistent=False)
         self.out = nn.Linear(WIDTH, WORDS, bias=False)
         self.out.weight = self.words.weight
 
@@ -69,31 +79,31 @@ def words(seed: int, step: int) -> Tensor:
     return batch.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups of trainables, as trainers have them."""
+def optimizer_of(model: nn.Module, *, groups: int = 2, eight: bool = False) -> Any:
+    """AdamW of torch or, in 8 bits, of bitsandbytes; in two groups weight decay is for matrices only."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
+    split = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    kind = bitsandbytes.optim.AdamW8bit if eight else torch.optim.AdamW
+    return kind(split if groups == 2 else [{"params": trained, "weight_decay": 0.1}], lr=RATE)
 
 
-def engine_of(model: nn.Module, stage: int, *, bf16: bool = False, eight: bool = False, universal: bool = False) -> Any:
+def engine_of(model: nn.Module, *, stage: int, bf16: bool = False, universal: bool = False, **optimizer: Any) -> Any:
     """DeepSpeed's engine as its own users build it."""
-    optimizer = (bitsandbytes.optim.AdamW8bit if eight else torch.optim.AdamW)(groups(model), lr=RATE)
+    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    if not universal:
+        zero["sub_group_size"] = 3000  # stage 3 then keeps more groups than the optimizer has
     config = {
         "train_micro_batch_size_per_gpu": 2 * ROWS // dist.get_world_size(),
         "gradient_clipping": 1.0,
         "bf16": {"enabled": bf16},
         "zero_allow_untested_optimizer": True,
         "checkpoint": {"load_universal": universal},
-        "zero_optimization": {
-            "stage": stage,
-            "stage3_param_persistence_threshold": 0,
-            "sub_group_size": 3000,
-        },
+        "zero_optimization": zero,
     }
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+    return deepspeed.initialize(model=model, optimizer=optimizer_of(model, **optimizer), config=config)[0]
 
 
 def train(engine: Any, seed: int, start: int, stop: int) -> list[list[float]]:
@@ -112,29 +122,29 @@ def save(folder: Path, seed: int) -> dict[str, Any]:
     that followed. Of some, what ds_to_universal makes of them.
     """
     followed = {}
-    for name, (stage, bf16, only, eight) in CASES.items():
-        model = Toy(seed)
-        engine = engine_of(model, stage, bf16=bf16, eight=eight)
+    for name, case in CASES.items():
+        only = case.get("only", False)
+        engine = engine_of(Toy(seed), **{key: value for key, value in case.items() if key != "only"})
         train(engine, seed, 0, SAVED_AT)
         client = {"epoch": 4, "best": [0.25, None]}
         engine.save_checkpoint(str(folder / name), exclude_frozen_parameters=only, client_state=client)
-        truth = held(engine)
+        values = truth(engine)
         if dist.get_rank() == 0:
-            torch.save(truth, folder / name / "truth.pt")
-            if stage and not eight:
-                to_universal(folder / name / f"global_step{SAVED_AT}", stage)
+            torch.save(values, folder / name / "truth.pt")
+            if case["stage"] and not case.get("eight"):
+                to_universal(folder / name / f"global_step{SAVED_AT}", case["stage"])
         dist.barrier()
         followed[name] = train(engine, seed, SAVED_AT, UNTIL)
         engine.destroy()
     return followed
 
 
-def held(engine: Any) -> dict[str, Tensor]:
-    """Masters and moments of the trainables, whole, by the engine's own functions."""
+def truth(engine: Any) -> dict[str, Tensor]:
+    """Masters and moments of the trainables, whole, as the engine holds them."""
     found = {}
-    for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad:
-            found[name] = master(engine, parameter).clone()
+    for name, parameter in trainables(engine.module).items():
+        found[name] = master(engine, parameter)
+        found.update({f"{which}.{name}": moment(engine, parameter, which) for which in MOMENTS})
     return found
 
 
@@ -143,3 +153,46 @@ def to_universal(native: Path, stage: int) -> None:
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
     where = {"input_folder": str(native), "output_folder": str(native.parent / "universal")}
     ds_to_universal.main(Namespace(**options, **where, inject_missing_state=stage < 3))
+
+
+def loaded(folder: Path, seed: int, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Losses of the steps after SAVED_AT, of engines that load a checkpoint.
+
+    Args:
+        jobs: name: its `place`, `kind` and settings. Kinds: "universal" (a root, by DeepSpeed's engine), "portable" (by
+            our own engine).
+    """
+    found = {}
+    for name, job in jobs.items():
+        kind, place = job.pop("kind"), job.pop("place")
+        model = Toy(seed + 1, base_seed=seed)  # what is frozen or a buffer is there, what is trained is not
+        if kind == "universal":
+            engine = engine_of(model, universal=True, **job)
+            engine.load_checkpoint(place)
+        else:
+            engine = resumed(model, Path(place), **job)
+        found[name] = train(engine, seed, SAVED_AT, UNTIL)
+        engine.destroy()
+    return found
+
+
+def resumed(model: nn.Module, directory: Path, *, stage: int, bf16: bool = False, **optimizer: Any) -> Any:
+    """Our own engine with a portable checkpoint in it."""
+    saved = Portable(directory)
+    model.load_state_dict(dict(saved.tensors("model")), strict=False)
+    engine = build_engine(
+        model,
+        optimizer_of(model, **optimizer),
+        ZeroSettings(stage=stage, persistence_threshold=0),
+        micro_batch=2 * ROWS // dist.get_world_size(),
+        accumulation=1,
+        clip_norm=1.0,
+        bf16=bf16,
+    )
+    create_moments(engine)
+    for name, parameter in trainables(engine.module).items():
+        set_master(engine, parameter, saved.tensor("model", name))
+        for which in MOMENTS:
+            set_moment(engine, parameter, which, saved.tensor("optimizer", f"{which}.{name}"))
+    set_adam_step(engine, saved.state["adam_step"])
+    return engine
