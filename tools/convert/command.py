@@ -68,6 +68,7 @@ def convert(
     console.print(plan_table(planned, dst, target))
     for line in planned.left_out:
         console.print(f"Left out: {line}.", soft_wrap=True, highlight=False)
+    told = len(planned.notes)
     for line in planned.notes:
         console.print(f"Note: {line}.", soft_wrap=True, highlight=False)
     if dry_run:
@@ -92,6 +93,8 @@ def convert(
         ) from None
     finally:
         shutil.rmtree(place, ignore_errors=True)
+    for line in planned.notes[told:]:
+        console.print(f"Note: {line}.", soft_wrap=True, highlight=False)
     console.print(
         f"Wrote {dst} and read it again with {planned.library}: {len(planned.tensors.shapes)} tensors alike.",
         soft_wrap=True,

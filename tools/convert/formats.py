@@ -63,6 +63,27 @@ FORMATS = (
         opened_by="`sharding.portable`, every checksum",
     ),
     Format(
+        name="deepspeed",
+        what="a checkpoint of DeepSpeed's `engine.save_checkpoint`, ZeRO-0 to 3, trained weights alone too",
+        looks="`*_model_states.pt`, or `latest`",
+        keeps="trained weights in fp32, optimizer; frozen weights are left out",
+        detect="deepspeed_native:detect",
+        read="deepspeed_folder:read_native",
+        why_not="not written: its files are cut for one number of ranks and one stage. DeepSpeed loads "
+        "`deepspeed-universal` at any",
+    ),
+    Format(
+        name="deepspeed-universal",
+        what="a universal checkpoint of DeepSpeed",
+        looks="`zero/`, or `latest_universal`",
+        keeps="trained weights in fp32, optimizer",
+        detect="deepspeed_universal:detect",
+        read="deepspeed_folder:read_universal",
+        plan="deepspeed_folder:plan",
+        needs_to_write="as `portable`",
+        opened_by="the reader of this format",
+    ),
+    Format(
         name="huggingface",
         what="a Hugging Face folder of a causal language model, adapters merged",
         looks="`config.json` of another model than WavLM, and weights",

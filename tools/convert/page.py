@@ -62,6 +62,8 @@ converted back from there, weights are the rounded ones.
 
 PARTS = {
     "portable": {"llm", "llm adapter", "audio", "audio adapter", "projector", "fusion"},
+    "deepspeed": {"llm", "llm adapter", "audio", "audio adapter", "projector", "fusion"},
+    "deepspeed-universal": {"llm", "llm adapter", "audio", "audio adapter", "projector", "fusion"},
     "huggingface": {"llm"},
     "peft": {"llm adapter"},
     "peft-wavlm": {"audio adapter"},

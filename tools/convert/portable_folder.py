@@ -40,7 +40,25 @@ def read(path: Path, context: Context) -> Source:
 
 
 def plan(source: Source, context: Context) -> Outgoing:
-    """A checkpoint: the source's own, or the run's with the source's weights in it.
+    """A checkpoint; see `assembled`."""
+    held, left, notes = assembled(source, context)
+
+    def save(place: Path, chosen: Tensors) -> None:
+        portable.write(
+            place,
+            ((name, chosen.read(name)) for name in held.weights.shapes),
+            ((name, chosen.read(name)) for name in held.moments.shapes),
+            held.state,
+        )
+
+    tensors = together(held.weights, held.moments)
+    files = ["state.json", MANIFEST]
+    return Outgoing(tensors, save, reopened, "sharding.portable", files=files, left_out=left, notes=notes)
+
+
+def assembled(source: Source, context: Context) -> tuple[Held, list[str], list[str]]:
+    """All that a run trains: the source's own, or the run's best checkpoint with the source's weights in it; what is
+    left out, and what a user should know.
 
     Raises:
         UserError: the source is not whole and no run is given, or the two do not fit.
@@ -62,19 +80,7 @@ def plan(source: Source, context: Context) -> Outgoing:
             left.append("the optimizer's moments: they belong to other weights")
     if not moments.shapes:
         state["adam_step"] = 0
-    tensors = together(weights, moments)
-
-    def save(place: Path, chosen: Tensors) -> None:
-        portable.write(
-            place,
-            ((name, chosen.read(name)) for name in weights.shapes),
-            ((name, chosen.read(name)) for name in moments.shapes),
-            state,
-        )
-
-    return Outgoing(
-        tensors, save, reopened, "sharding.portable", files=["state.json", MANIFEST], left_out=left, notes=notes
-    )
+    return Held(weights, moments, state), left, notes
 
 
 def check_shapes(weights: Tensors, wanted: Tensors) -> None:

@@ -1,76 +1,52 @@
+"""Checkpoints that real DeepSpeed engines of two ranks write, once for all tests."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests import tiny
-from tests.end_to_end.commands import call, errors
-from tests.tools.convert.runs import Made, MakeRun, bases, make_run
+from sharding import portable
+from tests.ranks import run_ranks
+from tests.tools.convert.fixtures import convert, folders, made, refused, shards  # noqa: F401  fixtures
+from tests.tools.convert.work_deepspeed import CASES
+from tools.convert import deepspeed_native, deepspeed_universal
+from tools.convert.held import Held
 
-Convert = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_corpus(tmp_path_factory.mktemp("convert") / "shards")
+WORK = "tests.tools.convert.work_deepspeed"
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A Llama's and a WavLM's folder."""
-    torch.manual_seed(0)
-    return bases(tmp_path_factory.mktemp("bases"))
+def seed() -> int:
+    """Another one in each run."""
+    return random.SystemRandom().randrange(10**6)
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory, shards: Path, folders: dict[str, Path]) -> MakeRun:
-    """A run whose LLM and WavLM are tuned in this way, beside pretrained folders; made once each, not to be changed."""
-    known: dict[str, Made] = {}
-
-    def make(tuning: str = "lora", **changes: Any) -> Made:
-        name = f"{tuning}{sorted(changes.items())}"
-        if name not in known:
-            values: dict[str, Any] = {
-                key: {"config": None, "pretrained": str(folders[part]), "tuning": tuning}
-                | ({} if tuning == "full" else {tuning: {"rank": 3}})
-                for key, part in (("audio", "audio"), ("text", "llm"))
-            }
-            path = tmp_path_factory.mktemp("run") / "run"
-            known[name] = make_run(path, shards, **tiny.merge(values, changes))
-        return known[name]
-
-    return make
+def followed(tmp_path_factory: pytest.TempPathFactory, seed: int) -> tuple[Path, dict[str, Any]]:
+    """Where the checkpoints lie, <case>/…, and the losses of the steps that followed them."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    return folder, run_ranks("save", 2, folder, module=WORK, seed=seed)
 
 
-@pytest.fixture
-def convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Convert:
-    """Runs `dist-train convert` in this process; returns the result's folder."""
-
-    def carry_out(src: Path, to: str, *options: str | Path, name: str = "converted") -> Path:
-        capsys.readouterr()
-        assert call("convert", src, tmp_path / name, "--to", to, *options) == 0, capsys.readouterr().err
-        return tmp_path / name
-
-    return carry_out
+@pytest.fixture(scope="session")
+def saved(followed: tuple[Path, dict[str, Any]]) -> Path:
+    """Where the checkpoints lie."""
+    return followed[0]
 
 
-@pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one error line of a conversion that is refused and leaves nothing."""
-
-    def refuse(src: Path, to: str, *options: str | Path, dst: Path | None = None) -> str:
-        dst = dst or tmp_path / "refused"
-        capsys.readouterr()
-        before = dst.exists()
-        assert call("convert", src, dst, "--to", to, *options) == 2
-        assert dst.exists() == before and not list(dst.parent.glob("*.writing"))
-        printed = capsys.readouterr().err
-        (line,) = errors(printed)
-        assert "Traceback" not in printed
-        return line
-
-    return refuse
+@pytest.fixture(scope="session")
+def converted(saved: Path) -> dict[str, Held]:
+    """Each checkpoint as it is read; beside it <case>/portable and <case>/ours, a universal one."""
+    found = {}
+    for case, settings in CASES.items():
+        if settings["stage"]:
+            held = found[case] = deepspeed_native.read(saved / case)
+            with warnings.catch_warnings(record=True):
+                deepspeed_universal.write(saved / case / "ours", held)
+            weights = ((name, value) for name, value in held.weights if name not in held.state["frozen"])
+            portable.write(saved / case / "portable", weights, held.moments, held.state)
+    return found

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tests.end_to_end.commands import call
-from tests.tools.convert.conftest import Convert
+from tests.tools.convert.fixtures import Convert
 from tests.tools.convert.runs import MakeRun
 from tools.convert import huggingface
 from tools.convert.formats import FORMATS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoFeatureExtractor, WavLMModel
 
-from tests.tools.convert.conftest import Convert
+from tests.tools.convert.fixtures import Convert
 from tests.tools.convert.original_wavlm import OriginalWavLM, configuration
 from tests.tools.convert.runs import stock_states
 from tools.convert.fairseq_wavlm import conv_layers

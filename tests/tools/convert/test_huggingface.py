@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, WavLMModel
 
-from tests.tools.convert.conftest import Convert
+from tests.tools.convert.fixtures import Convert
 from tests.tools.convert.runs import MakeRun, filled, make_run, our_logits, our_states, predictions, stock_states
 
 TUNINGS = ["lora", "dora", "vera", "full"]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.tools.convert.conftest import Convert
+from tests.tools.convert.fixtures import Convert
 from tests.tools.convert.runs import MakeRun
 from tools.convert.llama_tokenizer import read_pieces, read_tokenizer
 

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, WavLMModel
 
-from tests.tools.convert.conftest import Convert
+from tests.tools.convert.fixtures import Convert
 from tests.tools.convert.runs import MakeRun, enlarge, filled, our_logits, our_states, predictions, stock_states
 
 ADAPTERS = ["lora", "dora", "vera"]

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_train.imagination import Skip
-from tests.tools.convert.conftest import Convert
+from tests.tools.convert.fixtures import Convert
 from tests.tools.convert.official_sdumc import Holder, Official
 from tests.tools.convert.runs import Made, MakeRun, filled
 

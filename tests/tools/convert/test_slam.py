@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dist_train.projector import Projector, load_projector
-from tests.tools.convert.conftest import Convert
+from tests.tools.convert.fixtures import Convert
 from tests.tools.convert.runs import MakeRun, filled, predictions
 
 
