@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,8 @@ from dist_train.build import build_model
 from dist_train.pretrained import LOAD_ERRORS, cannot_load
 from sharding.errors import UserError
 from tools.convert.held import Tensors
-from tools.convert.merge import by_module
 from tools.convert.pickles import load_pickle, tensors_of
-from tools.convert.source import CALLED, KEY, PREFIX, Context, Part, Run, in_memory, select
+from tools.convert.source import CALLED, KEY, Context, Part, Run, in_memory, select
 
 OLD_NORM = {".weight_g": ".parametrizations.weight.original0", ".weight_v": ".parametrizations.weight.original1"}
 
@@ -211,65 +209,3 @@ def open_safetensors(files: list[Path], where: str) -> Tensors:
 def open_pickles(files: list[Path]) -> Tensors:
     """Tensors of several files of torch.save, mapped."""
     return in_memory({name: x for path in files for name, x in tensors_of(load_pickle(path), path).items()})
-
-
-def check_base(base: Base, run: Run, part: Part, trained: Tensors, expected: str | None) -> str | None:
-    """Compares unquantised frozen weights with the fingerprint that the checkpoint keeps of them.
-
-    Args:
-        trained: weights of the checkpoint.
-        expected: the fingerprint.
-
-    Returns:
-        Why they were not compared; None if they were.
-
-    Raises:
-        UserError: they are others.
-    """
-    settings = run.recipe.audio if part == "audio" else run.recipe.text
-    if expected is None:
-        return f"the {CALLED[part]}'s base was not compared: the source keeps no fingerprint of it"
-    if settings.quantisation != "none":
-        return (
-            f"the {CALLED[part]}'s base was not compared: the checkpoint keeps the fingerprint of its "
-            f"{settings.quantisation} weights"
-        )
-    if fingerprint(base, run, part, trained) != expected:
-        raise UserError(
-            str(base.folder or run.path),
-            f"holds other weights than the {CALLED[part]} this checkpoint was trained on",
-            "Give the original folder by --base.",
-        )
-    return None
-
-
-def fingerprint(base: Base, run: Run, part: Part, trained: Tensors) -> str:
-    """sharding.checkpoint's fingerprint of a part, computed from the base's files, tensor by tensor."""
-    prefix = PREFIX[part]
-    adapted = {module.removeprefix(prefix) for module in by_module(trained.shapes)}
-    total = hashlib.sha256()
-    named = {}
-    for name in base.tensors.shapes:
-        module, _, last = name.rpartition(".")
-        ours = f"{prefix}{module}.base_layer.{last}" if module in adapted else f"{prefix}{name}"
-        if ours not in trained.shapes and not (part == "audio" and cut_off(run, base.config, name)):
-            named[ours] = name
-    for ours, name in sorted(named.items()):
-        value = base.tensors.read(name)
-        if value.is_floating_point():
-            value = value.to(run.recipe.dtype)
-        total.update(f"{ours}{tuple(value.shape)}{value.dtype}".encode())
-        total.update(value.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return total.hexdigest()
-
-
-def cut_off(run: Run, config: PretrainedConfig, name: str) -> bool:
-    """Whether a run's WavLM lacks a weight because nothing reads the layers above `audio.layer`."""
-    if run.recipe.simulation.rollout != "none":
-        return False
-    count = config.num_hidden_layers
-    layer = run.recipe.audio.layer % (count + 1)
-    if name.startswith("encoder.layer_norm."):
-        return bool(config.do_stable_layer_norm) and layer < count
-    split = name.split(".")
-    return split[:2] == ["encoder", "layers"] and int(split[2]) >= layer

@@ -44,8 +44,8 @@ adapter again.
 **Quantised runs.** Adapters are merged into the unquantised base only. The run trained beside rounded weights, so the
 merged model differs from the run's by that rounding; the command says so.
 
-**The base.** Merging compares the base with the fingerprint in the checkpoint; of a quantised run it keeps that of the
-quantised weights, which is not compared, and the command says so.
+**The base.** Merging and `peft` compare the base with the fingerprint that the checkpoint keeps of it. A quantised run
+keeps that of the quantised weights: the base is quantised once more for it, layer by layer.
 
 **WavLM and plain peft.** transformers' WavLM attention reads the weights of `q_proj`, `k_proj`, `v_proj` and `out_proj`
 without calling them. `PeftModel.from_pretrained` loads adapters there without an error and they stay unheard;

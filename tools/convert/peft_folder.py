@@ -7,6 +7,7 @@ loaded and then not heard: that attention reads the weights of its projections w
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from dist_train.adapters import ATTENTION
 from dist_train.quantise import bitsandbytes
 from sharding.errors import UserError
 from tools.convert.base import Base, find_base, open_pickles, open_safetensors
+from tools.convert.fingerprint import check_base
 from tools.convert.held import Held, Tensors
 from tools.convert.merge import PIECES, by_module
+from tools.convert.provenance import FILE as PROVENANCE
 from tools.convert.safetensors_shards import write_shards
 from tools.convert.source import CALLED, PREFIX, Context, Outgoing, Part, Source, others, select
 from tools.convert.whole import adapter_config
@@ -100,7 +103,17 @@ def read(path: Path, part: Part) -> Source:
         module = name.removeprefix(INSIDE).removesuffix(f".{PIECES[piece]}")
         names[f"{PREFIX[part]}{module}.{piece}"] = name
     base = Path(config.base_model_name_or_path) if config.base_model_name_or_path else Path("no base")
-    return Source(Held(select(found, names)), [path / CONFIG, file], adapters={part: config}, left_out=left, base=base)
+    held = Held(select(found, names), state={"bases": bases_told(path)})
+    return Source(held, [path / CONFIG, file], adapters={part: config}, left_out=left, base=base)
+
+
+def bases_told(path: Path) -> dict[str, str]:
+    """Fingerprints of the bases, where the folder is one of ours."""
+    try:
+        told = json.loads((path / PROVENANCE).read_bytes())["bases"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return {str(part): str(value) for part, value in told.items()} if isinstance(told, dict) else {}
 
 
 def read_config(path: Path) -> Any:
@@ -160,6 +173,10 @@ def plan(source: Source, context: Context, part: Part) -> Outgoing:
     }
     config = adapter_config(source, context, part, [module.removeprefix(prefix) for module in adapters])
     base = find_base(context, part, source.base)
+    notes = [] if base.folder else ["the base was drawn at random by the run and lies in no folder: peft needs it too"]
+    if context.run is not None:
+        expected = source.held.state.get("bases", {}).get(part)
+        notes += check_base(base, context.run, part, source.held.weights, expected)
     config.base_model_name_or_path = None if base.folder is None else str(base.folder)
     config.inference_mode = True
     if part == "llm":
@@ -168,7 +185,6 @@ def plan(source: Source, context: Context, part: Part) -> Outgoing:
     if modules_that_peft_would_wrap(base, config.target_modules) != set(modules):
         config.target_modules = set(modules)  # not all of that name: upper layers are not there, or not adapted
     tensors = select(source.held.weights, names, context.dtype)
-    notes = [] if base.folder else ["the base was drawn at random by the run and lies in no folder: peft needs it too"]
     if part == "audio" and any(module.rsplit(".", 1)[-1] in ATTENTION for module in modules):
         notes.append(MERGE_FIRST)
 

@@ -111,6 +111,11 @@ def fitting(source: Source, context: Context, run: Run, best: Held) -> dict[str,
             check_frozen(source, context, run, part, best)
         if part in source.adapters:
             check_adapter(source, run, part)
+            mine, wanted = (held.state.get("bases", {}).get(part) for held in (source.held, best))
+            if mine and wanted and mine != wanted:
+                raise UserError(
+                    "SRC", f"holds an adapter of another {CALLED[part]} than the run's", "Give a run of the same base."
+                )
     taken = {name: name for name in names if name in best.weights.shapes}
     frozen = {f"{PREFIX[part]}{name}" for part in source.models for name in stock_shapes(source.models[part], part)}
     odd = sorted(names - taken.keys() - frozen)

@@ -11,7 +11,8 @@ from transformers import PretrainedConfig
 
 from dist_train.adapters import ATTENTION, peft_config
 from sharding.errors import UserError
-from tools.convert.base import Base, check_base, find_base
+from tools.convert.base import Base, find_base
+from tools.convert.fingerprint import check_base
 from tools.convert.held import Tensors
 from tools.convert.merge import Projections, by_module, draw_projections, merged
 from tools.convert.source import CALLED, KEY, PREFIX, Context, Part, Source, select
@@ -54,12 +55,13 @@ def whole_model(source: Source, context: Context, part: Part, dtype: torch.dtype
             f"If it was frozen, use the model of {KEY[part]}.pretrained as it is.",
         )
     if part in source.models:
-        return Whole(select(weights, named, dtype), source.models[part], None, list(named.values()), [])
+        unused = ["--base is not used: the source is whole"] if context.base is not None else []
+        return Whole(select(weights, named, dtype), source.models[part], None, list(named.values()), unused)
     base = find_base(context, part, source.base)
     notes = []
     if context.run is not None:
         expected = source.held.state.get("bases", {}).get(part)
-        notes += [n for n in [check_base(base, context.run, part, weights, expected)] if n]
+        notes += check_base(base, context.run, part, weights, expected)
         quantisation = (context.run.recipe.audio if part == "audio" else context.run.recipe.text).quantisation
         if quantisation != "none":
             notes.append(
