@@ -31,7 +31,8 @@ TAIL = """
 ## What goes into what
 
 Everything is read into the names of our model and written from them, so a cell needs only that the two formats share
-a part: `yes`; what they do not share is left out, and said. Empty: they share nothing.
+a part: `yes`; what they do not share is left out, and said. Empty: they share nothing. Each `yes` is a conversion in
+`tests/tools/convert/test_matrix.py`, judged by logits, hidden states or predictions of the library that users have.
 
 """
 
@@ -92,6 +93,16 @@ def table() -> Iterator[str]:
         written = (one.needs_to_write or "–") if one.plan else one.why_not
         cells = [f"`{one.name}`", one.what, one.looks, one.keeps, read, written, one.opened_by or "–"]
         yield f"| {' | '.join(cells)} |"
+
+
+def cells() -> list[tuple[str, str]]:
+    """Each source and result that share something; tests/tools/convert/test_matrix.py converts them all."""
+    return [
+        (source.name, result.name)
+        for source in FORMATS
+        for result in FORMATS
+        if source.read and result.plan and cell(source, result)
+    ]
 
 
 def matrix() -> Iterator[str]:

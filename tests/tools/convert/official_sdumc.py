@@ -54,7 +54,9 @@ class Imagination(nn.Module):
 class Official(nn.Module):
     """Both official classes: `normali` has parameters in that of the transition skip only."""
 
-    def __init__(self, audio: int, text: int, video: int, skip: Skip, width: int = 256) -> None:
+    def __init__(
+        self, audio: int, text: int, video: int, skip: Skip, width: int = 256, bottlenecks: tuple[int, int] = (128, 64)
+    ) -> None:
         super().__init__()
         for number, (name, inputs) in enumerate(zip(MODALITIES, (audio, text, video), strict=True)):
             setattr(self, f"frame_dim_reshape_{number}", nn.Linear(inputs, width))
@@ -66,8 +68,8 @@ class Official(nn.Module):
             setattr(self, f"cross_{name}_query_mlp", mlp(width, width))
         self.attention_mlp, self.fc_att = mlp(3 * width, width, width), nn.Linear(width, 3)
         self.cross_attention_mlp, self.cross_fc_att = mlp(7 * 128, width, 128), nn.Linear(128, 7)
-        self.missing_text_imagination_mlp = Imagination(width, 128, skip)
-        self.missing_cross_text_query_imagination_mlp = Imagination(128, 64, skip)
+        self.missing_text_imagination_mlp = Imagination(width, bottlenecks[0], skip)
+        self.missing_cross_text_query_imagination_mlp = Imagination(128, bottlenecks[1], skip)
         self.fc_out_e, self.fc_out_v, self.fc_out_ev = nn.Linear(128, 1), nn.Linear(128, 1), nn.Linear(1, 1)
         self.orgin_linear_change = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64))
         self.prelu, self.layer_normali = nn.PReLU(6), nn.LayerNorm(width)

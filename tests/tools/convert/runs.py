@@ -47,7 +47,7 @@ def bases(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, Path]:
         LlamaConfig(
             hidden_size=WIDTH, intermediate_size=2 * WIDTH, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, vocab_size=len(tokenizer), max_position_embeddings=512, bos_token_id=0,
-            eos_token_id=1, tie_word_embeddings=False,
+            eos_token_id=1, tie_word_embeddings=False, rms_norm_eps=1e-5,
         )
     )  # fmt: skip
     config = tiny.recipe(Path("none")).audio.config

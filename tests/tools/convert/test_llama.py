@@ -90,18 +90,21 @@ def drawn(*, tied: bool) -> dict[str, Tensor]:
     }
 
 
-def write_llama2c(path: Path, w: dict[str, Tensor]) -> None:
+def write_llama2c(
+    path: Path, w: dict[str, Tensor], sizes: tuple[int, ...] = (DIM, HIDDEN, LAYERS, HEADS, KV, VOCABULARY, LENGTH)
+) -> None:
     """A version-0 file, as llama2.c's export writes it."""
+    dim, hidden, layers, heads, kv, vocabulary, length = sizes
     tied = "output.weight" not in w
     order = ["tok_embeddings"]
     for name in ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo", "ffn_norm",
                  "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):  # fmt: skip
-        order += [f"layers.{i}.{name}" for i in range(LAYERS)]
+        order += [f"layers.{i}.{name}" for i in range(layers)]
     order += ["norm"]
-    size = DIM // HEADS
-    angles = np.outer(np.arange(LENGTH), 10000.0 ** (-np.arange(0, size, 2) / size))
+    size = dim // heads
+    angles = np.outer(np.arange(length), 10000.0 ** (-np.arange(0, size, 2) / size))
     with path.open("wb") as file:
-        file.write(struct.pack("<7i", DIM, HIDDEN, LAYERS, HEADS, KV, VOCABULARY if tied else -VOCABULARY, LENGTH))
+        file.write(struct.pack("<7i", dim, hidden, layers, heads, kv, vocabulary if tied else -vocabulary, length))
         for name in order:
             file.write(w[f"{name}.weight"].numpy().astype("<f4").tobytes())
         file.write(np.cos(angles).astype("<f4").tobytes() + np.sin(angles).astype("<f4").tobytes())
