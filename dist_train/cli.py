@@ -19,6 +19,9 @@ shards = typer.Typer(no_args_is_help=True, help="Make, look at and verify WebDat
 app.add_typer(shards, name="shards")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory (the --output of train).")]
+OtherBaseOption = Annotated[
+    bool, typer.Option("--accept-other-base", help="Take a checkpoint although the frozen weights are others now.")
+]
 RanksOption = Annotated[int | None, typer.Option(min=1, help="Local ranks to start. Default: one per GPU, or one.")]
 # What a place says that is full, not ours, out of order, or cannot exist.
 REFUSED = (
@@ -36,6 +39,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Run directory to make.")] = ...,  # type: ignore[assignment]
     ranks: RanksOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
+    accept_other_base: OtherBaseOption = False,
 ) -> None:
     """Train. Inside torchrun or srun this process joins that world; alone it starts local ranks."""
     from dist_train.run_directory import RunDirectory
@@ -51,7 +55,17 @@ def train(
         prepare_ops(print if world.rank == 0 else lambda text: None)  # before anything imports DeepSpeed
         from dist_train.rank import end, run_training
 
-        end(run_training(world, recipe, overrides or [], run, fresh=not launched(), resume=resume))
+        end(
+            run_training(
+                world,
+                recipe,
+                overrides or [],
+                run,
+                fresh=not launched(),
+                resume=resume,
+                accept_other_base=accept_other_base,
+            )
+        )
     ranks = ranks or default_ranks()
     foresee(recipe, overrides or [], ranks)
     if resume:
@@ -71,6 +85,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     ranks: RanksOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    accept_other_base: OtherBaseOption = False,
 ) -> None:
     """Evaluate a checkpoint on a split: both flows, gap and floors; predictions are written to the run directory."""
     from dist_train.run_directory import RunDirectory
@@ -85,7 +100,7 @@ def evaluate(
         choose_accelerator()
         from dist_train.rank import end, run_evaluation
 
-        end(run_evaluation(world, run, checkpoint, split, as_json=as_json))
+        end(run_evaluation(world, run, checkpoint, split, as_json=as_json, accept_other_base=accept_other_base))
     run.open()
     raise SystemExit(run_local(again(), ranks or default_ranks(), run.logs))
 

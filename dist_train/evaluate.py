@@ -22,11 +22,14 @@ from dist_train.llm import load_tokenizer
 from dist_train.metrics import floors, gap, valence_metrics
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
+from dist_train.run_state import PARTS, check_bases, read_run_state
 from sharding.budget import Cost
-from sharding.checkpoint import fingerprint, load_weights, read_state
+from sharding.checkpoint import fingerprints, load_weights
 from sharding.collectives import device, gather_objects, together
 from sharding.errors import UserError
+from sharding.heartbeat import beat
 from sharding.order import EpochPlan
+from sharding.portable import Portable
 from sharding.stream import ShardedSplit, stream
 
 SHOWN_CLIPS = 96  # clips whose representations are kept for the similarity matrices (the paper's batch)
@@ -74,7 +77,9 @@ def predict(
     problems: list[str] = []
     batches = stream(split, plan, dist.get_rank(), collate, workers=workers)
     for _ in range(sum(plan.micro_steps(step) for step in range(plan.steps))):
+        beat("evaluation: data")
         micro = together(lambda: next(batches))
+        beat("evaluation")
         problems += micro.pop("set_aside")
         flows = model(to_device(micro, device()))
         present = torch.stack([micro["audio_present"], micro["text_present"], micro["vision_present"]], 1)
@@ -164,60 +169,51 @@ def write_predictions(directory: Path, split: str, predictions: Predictions) -> 
     save_file(predictions.representations, directory / f"representations_{split}.safetensors")
 
 
-def load_trained(run: RunDirectory, recipe: Recipe, checkpoint: Path) -> tuple[nn.Module, Collator]:
+def load_trained(
+    run: RunDirectory, recipe: Recipe, directory: Path, *, accept_other_base: bool = False
+) -> tuple[nn.Module, Collator]:
     """The model of a checkpoint, in evaluation mode on this rank's device, and its collator.
 
     Raises:
-        UserError: a damaged checkpoint, or one of another recipe or frozen base.
+        UserError, UserErrors: a damaged checkpoint, or one of another recipe or frozen base.
     """
-    state = read_state(checkpoint)
+    checkpoint = Portable(directory)
+    state = read_run_state(checkpoint)
     tokenizer = load_tokenizer(str(run.tokenizer))
     model = build_model(recipe, tokenizer, resumed=True)
-    check_base(model, state, checkpoint)
+    if not accept_other_base:
+        check_bases(directory, state.bases, fingerprints(model))
     load_weights(model, checkpoint)
     return model.to(device()).eval(), build_collator(recipe, tokenizer, model)
 
 
-def check_base(model: nn.Module, state: dict[str, Any], checkpoint: Path) -> None:
-    """Refuses a checkpoint whose trainables belong to other frozen weights.
-
-    Raises:
-        UserError: the fingerprints differ.
-    """
-    if fingerprint(model) != state["base"]:
-        raise UserError(
-            str(checkpoint),
-            "was trained on other frozen weights than those loaded now",
-            "Point audio.pretrained and text.pretrained of the run's recipe to the original models.",
-        )
-
-
-def one_base(fingerprint: str) -> str:
-    """The fingerprint of the frozen weights, which every rank read for itself (collective).
+def same_bases(bases: dict[str, str]) -> dict[str, str]:
+    """The fingerprints of the frozen weights, which every rank read for itself (collective).
 
     Raises:
         UserErrors: they are not the same on all ranks.
     """
-    ranks: dict[str, list[int]] = {}
-    for rank, found in enumerate(gather_objects(fingerprint)):
-        ranks.setdefault(found, []).append(rank)
+    every = gather_objects(bases)
 
     def check() -> None:
-        if len(ranks) > 1:
-            first, other, *_ = ranks.values()
-            raise UserError(
-                "audio.pretrained, text.pretrained",
-                f"hold other frozen weights on rank {other[0]} than on rank {first[0]}",
-                "Give a folder that all nodes share, or the same files on each.",
-            )
+        for rank, found in enumerate(every):
+            for part in found:
+                if found[part] != every[0][part]:
+                    raise UserError(
+                        PARTS.get(part, part),
+                        f"holds other frozen weights on rank {rank} than on rank 0",
+                        "Give a folder that all nodes share, or the same files on each.",
+                    )
 
     together(check)
-    return fingerprint
+    return bases
 
 
-def evaluate_checkpoint(run: RunDirectory, recipe: Recipe, checkpoint: Path, split_name: str) -> dict[str, Any]:
+def evaluate_checkpoint(
+    run: RunDirectory, recipe: Recipe, checkpoint: Path, split_name: str, *, accept_other_base: bool = False
+) -> dict[str, Any]:
     """Evaluates a checkpoint on a split and writes the predictions; returns the scores (collective)."""
-    model, collate = load_trained(run, recipe, checkpoint)
+    model, collate = load_trained(run, recipe, checkpoint, accept_other_base=accept_other_base)
     split = open_split(recipe, split_name)
     predictions = predict(
         model,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
+from sharding.heartbeat import beat
+
 
 class Phases:
     """Seconds per phase since the last reading; a phase inside another counts only as the inner one.
@@ -79,8 +81,9 @@ def measured(phases: Phases) -> Iterator[None]:
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A part of a step, by this name in the measurement (if one is on) and in profiler traces."""
+    """A part of a step, by this name in the measurement (if one is on), in profiler traces and for the watchdog."""
     phases = _current.get()
+    beat(name)
     with record_function(name):
         if phases is None:
             yield

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from dist_train.packed import TextStates
 from dist_train.rollout import SimulationSettings
 from sharding.errors import UserError
+from sharding.portable import MANIFEST, Portable
 
 # Where a projector's weights lie in a directory: a run of ours, one of its checkpoints, SLAM-LLM's, DeepSpeed's.
-PLACES = ("checkpoints/best/model.safetensors", "model.safetensors", "model.pt", "pytorch_model.bin")
+PLACES = ("checkpoints/best/manifest.json", "manifest.json", "model.safetensors", "model.pt", "pytorch_model.bin")
 REMEDY = (
     "Give the run directory of a projector pre-training (recipes/slam_asr.yaml), or SLAM-LLM's model.pt or "
     "pytorch_model.bin."
@@ -75,6 +76,9 @@ def weights_file(path: Path) -> Path:
 
 def projector_weights(path: Path) -> dict[str, Tensor]:
     """linear1|linear2.weight|bias of a file, whatever stands before these names ends in `projector.`."""
+    if path.name == MANIFEST:
+        checkpoint = Portable(path.parent, checksums=False)
+        return {own: checkpoint.tensor("model", key) for key in checkpoint.names("model") if (own := own_name(key))}
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:

@@ -8,8 +8,8 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 import transformers
@@ -19,29 +19,37 @@ from dist_train.build import fit_to_dataset, open_split, prepare_tokenizer
 from dist_train.evaluate import evaluate_checkpoint, find_checkpoint
 from dist_train.notes import column
 from dist_train.recipe import Recipe, load_recipe, write_recipe
+from dist_train.resume import check_same, continue_from
 from dist_train.run_directory import RunDirectory
 from dist_train.tables import scores_table
 from dist_train.train import train
 from dist_train.world_size import check_world_size
 from sharding import world as worlds
 from sharding.collectives import together
-from sharding.errors import UserError, UserErrors
+from sharding.errors import UserError
 from sharding.launch import INTERRUPTED, launched
+from sharding.watchdog import Watchdog
 
 # Of torch's own calls inside transformers' WavLM and DeepSpeed; nothing a user could change.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
 warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated")
 
-FREE_TO_CHANGE = {"training.epochs", "training.patience", "data.workers", "data.evaluation_batch"}  # on resuming
-
 
 def run_training(
-    world: worlds.World, recipe_path: Path, overrides: Sequence[str], run: RunDirectory, *, fresh: bool, resume: bool
+    world: worlds.World,
+    recipe_path: Path,
+    overrides: Sequence[str],
+    run: RunDirectory,
+    *,
+    fresh: bool,
+    resume: bool,
+    accept_other_base: bool,
 ) -> int:
     """`dist-train train` in this rank. Returns the exit code.
 
     Args:
         fresh: the run directory has still to be made (nobody launched this rank who made it).
+        accept_other_base: continue on other frozen weights than those trained on so far.
 
     Raises:
         UserError, UserErrors: the same on all ranks for a wrong recipe, or on one rank for a bad sample.
@@ -51,7 +59,10 @@ def run_training(
         transformers.utils.logging.disable_progress_bar()
     worlds.join(world, with_deepspeed=True)
     together(lambda: prepare(recipe_path, overrides, run, fresh=fresh, resume=resume) if world.rank == 0 else None)
-    finished = train(load_recipe(run.recipe), run, resume=resume)
+    settings = load_recipe(run.recipe)
+    limit = settings.training.watchdog_seconds
+    with nullcontext() if limit is None else Watchdog(run.logs, limit) as watchdog:
+        finished = train(settings, run, resume=resume, accept_other_base=accept_other_base, watchdog=watchdog)
     if world.rank != 0:
         return 0 if finished else INTERRUPTED
     if not finished:
@@ -74,11 +85,14 @@ def run_training(
     return 0
 
 
-def run_evaluation(world: worlds.World, run: RunDirectory, checkpoint: str, split: str, *, as_json: bool) -> int:
+def run_evaluation(
+    world: worlds.World, run: RunDirectory, checkpoint: str, split: str, *, as_json: bool, accept_other_base: bool
+) -> int:
     """`dist-train evaluate` in this rank. Returns the exit code."""
     worlds.join(world, with_deepspeed=False)
     run.open()
-    scores = evaluate_checkpoint(run, load_recipe(run.recipe), find_checkpoint(run, checkpoint), split)
+    place = find_checkpoint(run, checkpoint)
+    scores = evaluate_checkpoint(run, load_recipe(run.recipe), place, split, accept_other_base=accept_other_base)
     if world.rank == 0:
         if as_json:
             print(json.dumps({"split": split, **scores}, indent=1))
@@ -99,7 +113,7 @@ def prepare(recipe_path: Path, overrides: Sequence[str], run: RunDirectory, *, f
         run.open()
     if resume and run.saved:
         check_same(load_recipe(run.recipe), recipe)
-        find_checkpoint(run, "last")
+        continue_from(run, recipe)
     else:
         if resume:
             Console().print(f"Nothing was saved yet in {run.path}: training starts at step 0.")
@@ -134,34 +148,6 @@ def check_size(recipe: Recipe) -> None:
         batch=recipe.data.batch,
         accumulation=recipe.training.accumulation,
     )
-
-
-def check_same(before: Recipe, now: Recipe) -> None:
-    """Refuses to resume under a recipe that would train something else.
-
-    Raises:
-        UserErrors: each key that differs.
-    """
-    old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    errors = [
-        UserError(
-            key,
-            f"is {new.get(key)!r}, the run was started with {old.get(key)!r}",
-            "Resume with the run's own recipe.yaml.",
-        )
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in FREE_TO_CHANGE
-    ]
-    if errors:
-        raise UserErrors(errors)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    rows: dict[str, Any] = {}
-    for key, value in values.items():
-        rows.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
-    return rows
 
 
 def end(code: int) -> None:

@@ -28,6 +28,7 @@ from dist_train.pretrained import config_problems
 from dist_train.recipe_file import read_values, write_values
 from sharding.errors import UserError, UserErrors
 from sharding.rules import Case, domains, incompatible
+from sharding.saver import CheckpointSettings
 from sharding.zero import ZeroSettings
 
 SHOWN_CHARACTERS = 60  # of a wrong value in a message
@@ -56,6 +57,13 @@ class TrainingSettings(BaseModel):
         ge=1,
         description="Optimizer step of which rank 0 writes a profiler trace, trace_step_N.json.gz (for Perfetto or "
         "chrome://tracing). Default: none.",
+    )
+    watchdog_seconds: float | None = Field(
+        600,
+        ge=5,
+        allow_inf_nan=False,
+        description="A rank that begins nothing new for so long ends the run (exit code 75): it is named, and all "
+        "ranks write their stacks to logs/. Loading may take three times as long. null: never.",
     )
     validate_every: Annotated[int, Field(ge=1)] | Literal["epoch"] = Field(
         "epoch", description="Validate after each epoch, or every N steps."
@@ -100,6 +108,7 @@ class Recipe(BaseModel):
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
     schedule: ScheduleSettings = Field(default_factory=ScheduleSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
+    checkpoint: CheckpointSettings = Field(default_factory=CheckpointSettings)
     zero: ZeroSettings = Field(default_factory=ZeroSettings)
 
     @property

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe = path / "recipe.yaml"
+        self.environment = path / "environment.json"
         self.parameters = path / "parameters.json"
         self.plan = path / "plan.json"
         self.metrics = path / "metrics.jsonl"
@@ -70,7 +72,9 @@ class RunDirectory:
     @property
     def saved(self) -> bool:
         """Whether a checkpoint was ever saved (it may be damaged)."""
-        return self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        from sharding.retention import completed  # noqa: PLC0415  needs torch, and the launcher does without
+
+        return bool(completed(self.checkpoints))
 
     def discard_unstarted(self) -> None:
         """Removes the directory again, and parents made for it, if no run began in it."""
@@ -122,8 +126,22 @@ class RunDirectory:
         self.plan.unlink(missing_ok=True)
 
     def write_environment(self, world_size: int) -> None:
-        """environment.json: versions, code, hardware, command."""
-        (self.path / "environment.json").write_text(json.dumps(environment(world_size), indent=1))
+        """environment.json: versions, code, hardware, command, and the id that the run keeps when it is resumed."""
+        record = {"run_id": uuid.uuid4().hex, **environment(world_size)}
+        self.environment.write_text(json.dumps(record, indent=1))
+
+    @property
+    def id(self) -> str:
+        """The run's id, as in environment.json.
+
+        Raises:
+            UserError: the file is missing or holds none.
+        """
+        try:
+            return str(json.loads(self.environment.read_bytes())["run_id"])
+        except (OSError, ValueError, KeyError, TypeError):
+            problem = "holds no run_id"
+            raise UserError(str(self.environment), problem, "Put the run's own file back, or start anew.") from None
 
 
 def step_of(row: str) -> float:

@@ -7,7 +7,6 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from rich.console import Console
 
 from dist_train.build import build_collator, build_model, build_training, open_split
 from dist_train.costs import clip_costs
-from dist_train.evaluate import check_base, evaluate_checkpoint, find_checkpoint, judged, one_base, predict, score
+from dist_train.evaluate import evaluate_checkpoint, find_checkpoint, judged, predict, same_bases, score
 from dist_train.foresight import MEASURED, Foresight, grid
 from dist_train.idle import idle_parts
 from dist_train.llm import load_tokenizer
@@ -27,6 +26,7 @@ from dist_train.progress import Display
 from dist_train.recipe import Recipe
 from dist_train.rollout import RolloutCache
 from dist_train.run_directory import RunDirectory
+from dist_train.run_state import Progress, RunState, check_bases, read_run_state
 from dist_train.speed import read_steps, speed
 from dist_train.step import Stepper, StepResult
 from sharding import checkpoint
@@ -35,26 +35,15 @@ from sharding.census import Census
 from sharding.collectives import any_rank, gather_objects, together
 from sharding.engine_state import adam
 from sharding.errors import UserError
+from sharding.heartbeat import beat
 from sharding.order import EpochPlan
+from sharding.portable import Portable
+from sharding.saver import Saver
 from sharding.signals import StopFlag
 from sharding.stream import stream
+from sharding.watchdog import Watchdog
 
 CENSUS_STEPS = 5  # optimizer steps within which every trainable must have had a gradient that is not zero
-
-
-@dataclass
-class Progress:
-    """How far a run is. `step` counts optimizer steps made; `epoch` and `epoch_step` say which comes next."""
-
-    step: int = 0
-    epoch: int = 0
-    epoch_step: int = 0
-    samples: int = 0
-    seconds: float = 0.0
-    best_step: int | None = None
-    best_score: float = float("inf")
-    validations_since_best: int = 0
-    set_aside: list[str] = field(default_factory=list)
 
 
 class Trainer:
@@ -64,12 +53,13 @@ class Trainer:
         recipe: resolved recipe.
         run: its directory; the tokenizer is there already.
         resume: continue from the last checkpoint.
+        accept_other_base: even if it was trained on other frozen weights.
 
     Raises:
-        UserError: data, models or the checkpoint do not fit.
+        UserError, UserErrors: data, models or the checkpoint do not fit.
     """
 
-    def __init__(self, recipe: Recipe, run: RunDirectory, *, resume: bool) -> None:
+    def __init__(self, recipe: Recipe, run: RunDirectory, *, resume: bool, accept_other_base: bool = False) -> None:
         self.recipe, self.run = recipe, run
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.train_split, self.valid_split = open_split(recipe, "train"), open_split(recipe, "valid")
@@ -79,7 +69,7 @@ class Trainer:
         self.foresight = (
             Foresight(recipe, tokenizer, self.train_split, nodes, per_node, run.plan) if self.rank == 0 else None
         )
-        last = find_checkpoint(run, "last") if resume and run.saved else None
+        last = Portable(find_checkpoint(run, "last"), checksums=False) if resume and run.saved else None
         model = build_model(recipe, tokenizer, resumed=last is not None)
         self.collate = build_collator(recipe, tokenizer, model)
         self.phases = Phases()
@@ -88,10 +78,12 @@ class Trainer:
             if recipe.simulation.rollout == "cached"
             else None
         )
-        self.base = one_base(checkpoint.fingerprint(model))
+        self.bases = same_bases(checkpoint.fingerprints(model))
         self.progress = Progress()
         if last is not None:
-            check_base(model, checkpoint.read_state(last), last)
+            state = read_run_state(last)
+            if not accept_other_base:
+                check_bases(last.directory, state.bases, self.bases)
             checkpoint.load_weights(model, last)
         self.engine = build_training(
             recipe,
@@ -100,17 +92,21 @@ class Trainer:
             accumulation=max(recipe.training.accumulation, 2 if self.costs else 1),
         )
         if last is not None:
-            state = checkpoint.load(self.engine, last)
-            if self.rank == 0 and state["world_size"] != self.world:
+            checkpoint.load(self.engine, last)
+            if self.rank == 0 and state.world_size != self.world:
                 Console().print(
-                    f"Note: saved by {state['world_size']} ranks, continued by {self.world}: the same clips in the "
+                    f"Note: saved by {state.world_size} ranks, continued by {self.world}: the same clips in the "
                     "same order, but other draws of dropout and other rounding, so other losses."
                 )
-            self.progress = Progress(**state["progress"])
-            if self.rollouts is not None:
-                self.rollouts.restore(state["rollouts"])
+            self.progress = state.progress
+            if not (run.checkpoints / "best").exists():  # none yet, or it was damaged
+                self.progress.forget_best()
+            if self.rollouts is not None and state.rollouts is not None:
+                self.rollouts.restore(state.rollouts)
             if self.rank == 0:
                 run.rewind(self.progress.step)
+        best = self.progress.best_step
+        self.saver = Saver(run.checkpoints, recipe.checkpoint, {} if best is None else {"best": best})
 
         self.started = started = self.progress.step
         self.peak = 0
@@ -158,16 +154,25 @@ class Trainer:
                 ended = progress.epoch_step == plan.steps
                 if ended:
                     progress.epoch, progress.epoch_step = progress.epoch + 1, 0
-                validated = self.validation_due(ended)
-                if validated:
+                self.saver.poll()
+                saved = self.validation_due(ended)
+                if saved:
                     self.validate(display)
+                elif self.recipe.checkpoint.due(progress.step):
+                    saved = True
+                    self.save()
                 if any_rank(stop.raised):
-                    if not validated:
-                        self.save("last")
+                    if not saved:
+                        self.save()
+                    self.saver.finish()
                     return True
                 patience = self.recipe.training.patience
                 if patience is not None and progress.validations_since_best >= patience:
-                    return False
+                    break
+            else:
+                continue
+            break
+        self.saver.finish()
         return False
 
     def steps(self, plan: EpochPlan, display: Display) -> Any:
@@ -186,6 +191,7 @@ class Trainer:
         )
         for epoch_step in range(progress.epoch_step, plan.steps):
             started, waited = time.perf_counter(), 0.0
+            beat("data", progress.step)
 
             def next_batch() -> Any:
                 nonlocal waited
@@ -282,14 +288,14 @@ class Trainer:
         )
         scores = score(predictions, self.train_split.labels)
         found = judged(scores, recipe.training.select_on)
-        better = found < progress.best_score
+        better = progress.best_score is None or found < progress.best_score
         progress.validations_since_best = 0 if better else progress.validations_since_best + 1
         if better:
             progress.best_step, progress.best_score = progress.step, found
         if self.rank == 0:
             row = {"kind": "eval", "step": progress.step, "epoch": progress.epoch, "split": "valid"}
             self.run.log({**row, **{part: value for part, value in scores.items() if part != "gap"}})
-        self.save(*(("last", "best") if better else ("last",)))
+        self.save(*(("best",) if better else ()))
         display.validation(progress.epoch, scores, better)
 
     def check_clips_left(self) -> None:
@@ -307,20 +313,21 @@ class Trainer:
             )
 
     def save(self, *pointers: str) -> None:
-        """Saves a checkpoint (collective)."""
+        """Saves a checkpoint, which these pointers will name too (collective)."""
         every = gather_objects(self.progress.set_aside)
         self.progress.set_aside = sorted({problem for part in every for problem in part})
         together(self.check_clips_left)
-        state = {
-            "progress": asdict(self.progress),
-            "seed": self.recipe.seed,
-            "world_size": self.world,
-            "zero_stage": self.recipe.zero.stage,
-            "base": self.base,
-            "content_hash": self.train_split.info.content_hash,
-            "rollouts": None if self.rollouts is None else self.rollouts.state(),
-        }
-        checkpoint.save(self.engine, self.run.checkpoints, self.progress.step, state, pointers)
+        state = RunState(
+            run_id=self.run.id,
+            progress=self.progress,
+            seed=self.recipe.seed,
+            world_size=self.world,
+            zero_stage=self.recipe.zero.stage,
+            bases=self.bases,
+            content_hash=self.train_split.info.content_hash,
+            rollouts=None if self.rollouts is None else self.rollouts.state(),
+        )
+        self.saver.save(self.engine, self.progress.step, state.model_dump(mode="json"), pointers)
 
 
 def peak_bytes() -> int:
@@ -330,12 +337,21 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def train(recipe: Recipe, run: RunDirectory, *, resume: bool) -> bool:
+def train(
+    recipe: Recipe,
+    run: RunDirectory,
+    *,
+    resume: bool,
+    accept_other_base: bool = False,
+    watchdog: Watchdog | None = None,
+) -> bool:
     """One rank's part of a run: training, then the test split with the best checkpoint. Returns False if stopped by
     request (collective).
     """
     with StopFlag() as stop:
-        trainer = Trainer(recipe, run, resume=resume)
+        trainer = Trainer(recipe, run, resume=resume, accept_other_base=accept_other_base)
+        if watchdog is not None:
+            watchdog.watch(trainer.engine.module)
         if trainer.rank == 0:
             rows = parameter_rows(trainer.engine.module)
             write_parameters(rows, run.parameters)
@@ -347,10 +363,13 @@ def train(recipe: Recipe, run: RunDirectory, *, resume: bool) -> bool:
         if stopped:
             return False
         del trainer  # its memory is needed by the evaluation
+        beat("loading")
         best = find_checkpoint(run, "best")
-        splits = {"valid": evaluate_checkpoint(run, recipe, best, "valid")}
-        if "test" in train_split.info.splits:
-            splits["test"] = evaluate_checkpoint(run, recipe, best, "test")
+        names = [name for name in train_split.info.splits if name != "train"]
+        # What it was trained on was looked at when it was resumed.
+        splits: dict[str, Any] = {
+            name: evaluate_checkpoint(run, recipe, best, name, accept_other_base=True) for name in names
+        }
     if foresight is not None:
         pace = speed(read_steps(run.metrics))
         summary = {

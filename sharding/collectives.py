@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharding.errors import UserError, UserErrors
+from sharding.heartbeat import beat
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ def together(action: Callable[[], T]) -> T:
     except OSError as error:
         place = str(error.filename or "disk")
         errors = [UserError(place, f"cannot be used ({error.strerror or error})", "Free or allow the place.")]
+    beat("exchange", waits=True)
     if any_rank(bool(errors)):
         every = {str(error): error for part in gather_objects(errors) for error in part}
         raise UserErrors(list(every.values()) if dist.get_rank() == 0 else [])

@@ -56,15 +56,19 @@ def share(engine: Any, parameter: Any) -> Share | None:
     return Share(partition, here.start, here.numel, whole.start)
 
 
-def whole(engine: Any, parameter: Any, value: Any) -> Tensor:
-    """Puts value(share) of all ranks together, in the parameter's shape, on every rank (collective)."""
+def whole(engine: Any, parameter: Any, value: Any, to: int | None = None) -> Tensor:
+    """Puts value(share) of all ranks together, in the parameter's shape, on every rank or on rank `to`; the others
+    then get some tensor of that shape (collective).
+    """
     shape = getattr(parameter, "ds_shape", parameter.shape)
     flat = torch.zeros(shape.numel(), device=device())
     own = share(engine, parameter)
     if own is not None:
         flat[own.offset : own.offset + own.count] = value(own).detach()
-    if sharded(parameter):
+    if sharded(parameter) and to is None:
         dist.all_reduce(flat)
+    elif sharded(parameter):
+        dist.reduce(flat, dst=to)
     return flat.view(shape)
 
 
@@ -74,9 +78,9 @@ def own_part(engine: Any, parameter: nn.Parameter, value: Tensor) -> tuple[Share
     return None if own is None else (own, value.flatten()[own.offset : own.offset + own.count])
 
 
-def master(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """The whole fp32 master of a trainable, on every rank (collective)."""
-    return whole(engine, parameter, lambda own: own.of(own.held))
+def master(engine: Any, parameter: nn.Parameter, to: int | None = None) -> Tensor:
+    """The whole fp32 master of a trainable, on every rank or on rank `to` (collective)."""
+    return whole(engine, parameter, lambda own: own.of(own.held), to)
 
 
 def set_master(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
@@ -87,15 +91,15 @@ def set_master(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
         own.of(own.held.data).copy_(part)
 
 
-def moment(engine: Any, parameter: nn.Parameter, name: str) -> Tensor:
-    """The whole optimizer moment of a trainable in fp32, on every rank (collective)."""
+def moment(engine: Any, parameter: nn.Parameter, name: str, to: int | None = None) -> Tensor:
+    """The whole optimizer moment of a trainable in fp32, on every rank or on rank `to` (collective)."""
     states = adam(engine).state
 
     def value(own: Share) -> Tensor:
         state = states[own.held]
         return own.of(state[name]) if name in state else eight_bit.read(state, name, own.start, own.count)
 
-    return whole(engine, parameter, value)
+    return whole(engine, parameter, value, to)
 
 
 def set_moment(engine: Any, parameter: nn.Parameter, name: str, value: Tensor) -> None:

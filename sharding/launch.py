@@ -18,6 +18,7 @@ from sharding.errors import UserError, UserErrors
 
 GRACE = 10.0  # seconds a rank gets to end by itself after another one has failed
 INTERRUPTED = 130  # exit code of what was asked to stop, as shells have it
+HUNG = 75  # of a job that stood still; sysexits.h: a temporary failure, try again
 FAILED_RANK_FILE = "DIST_TRAIN_FAILED_RANK_FILE"  # environment variable: where a rank leaves its user errors
 
 
@@ -30,7 +31,8 @@ def run_local(command: Sequence[str], ranks: int, logs: Path) -> int:
     collective, are ended after a grace period.
 
     Returns:
-        Exit code: 0, or that of the first rank that failed.
+        Exit code: 0, or that of the first rank that failed. Of a job that stood still what the ranks reported is
+        printed.
 
     Raises:
         UserErrors: the mistakes the ranks reported, each once.
@@ -64,8 +66,10 @@ def run_local(command: Sequence[str], ranks: int, logs: Path) -> int:
     if code == -signal.SIGKILL and not stops:
         print(f"error: {killed(failed)}", file=sys.stderr, flush=True)
     errors = reported_errors(logs)
-    if errors:
+    if errors and code != HUNG:
         raise UserErrors(errors)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr, flush=True)
     return code
 
 

@@ -34,6 +34,7 @@ def new_run(recipe: Recipe, path: Path) -> RunDirectory:
         run.create()
         write_recipe(recipe, run.recipe)
         prepare_tokenizer(recipe, run.tokenizer)
+        run.write_environment(dist.get_world_size())
     dist.barrier()
     return run
 

@@ -81,7 +81,7 @@ def load(folder: Path, case: str) -> None:
     from dist_train.build import build_model, build_training  # noqa: PLC0415
     from dist_train.recipe import validate  # noqa: PLC0415
     from dist_train.tokenizer import train_tokenizer  # noqa: PLC0415
-    from sharding.checkpoint import fingerprint  # noqa: PLC0415
+    from sharding.checkpoint import fingerprints  # noqa: PLC0415
 
     chosen = CASES[case]
     recipe = validate(
@@ -108,7 +108,7 @@ def load(folder: Path, case: str) -> None:
     memory.start()
     started = time.perf_counter()
     model = build_model(recipe, tokenizer)
-    fingerprint(model)
+    fingerprints(model)
     build_training(recipe, model, micro_batch=1)
     seconds = time.perf_counter() - started
     memory.done.set()

@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_train import evaluate
 from dist_train.build import build_collator, build_model, open_split
-from dist_train.evaluate import Predictions, check_base, find_checkpoint, judged, predict, score, write_predictions
+from dist_train.evaluate import Predictions, find_checkpoint, judged, predict, score, write_predictions
 from dist_train.model import DoubleFlow, Flows
 from dist_train.rank import check_size
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
-from sharding.checkpoint import fingerprint
+from dist_train.run_state import check_bases
+from sharding.checkpoint import fingerprints
 from sharding.errors import UserError, UserErrors
 from tests import tiny
 
@@ -181,10 +182,12 @@ def test_checkpoints_are_found_by_name_or_path(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_frozen_base_is_refused(shards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     made = recipe(shards, audio={"tuning": "frozen"})
     model = build(made, tokenizer)
-    state = {"base": fingerprint(model)}
-    check_base(model, state, Path("checkpoint"))
-    with pytest.raises(UserError, match="checkpoint: was trained on other frozen weights"):
-        check_base(build(made.model_copy(update={"seed": 9}), tokenizer), state, Path("checkpoint"))
+    bases = fingerprints(model)
+    assert "audio" in bases
+    check_bases(Path("checkpoint"), bases, bases)
+    other = fingerprints(build(made.model_copy(update={"seed": 9}), tokenizer))
+    with pytest.raises(UserErrors, match=r"checkpoint: was trained on other frozen weights of audio\.pretrained"):
+        check_bases(Path("checkpoint"), bases, other)
 
 
 def test_transcription_is_nats_per_token_of_all_clips(shards: Path, tokenizer: PreTrainedTokenizerBase) -> None:

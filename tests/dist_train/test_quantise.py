@@ -102,7 +102,7 @@ def test_what_is_quantised_in_memory_equals_what_is_loaded_quantised(kind: Any, 
         kinds = {name: type(layer).__name__ for name, layer in other.named_modules() if isinstance(layer, nn.Linear)}
         assert kinds.pop("lm_head") == "Linear"
         assert set(kinds.values()) == {"Linear8bitLt" if kind == "int8" else "Linear4bit"} and len(kinds) == 14
-    assert checkpoint.fingerprint(model) == checkpoint.fingerprint(loaded)
+    assert checkpoint.fingerprints(model) == checkpoint.fingerprints(loaded)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,8 +152,8 @@ def test_the_fingerprint_sees_the_scales(kind: Any) -> None:
         assert torch.equal(one_weight, other_weight), name
     for each in (model, doubled):
         each.requires_grad_(False)
-    assert checkpoint.fingerprint(model) != checkpoint.fingerprint(doubled)
-    assert checkpoint.fingerprint(model) == checkpoint.fingerprint(copy.deepcopy(model))
+    assert checkpoint.fingerprints(model) != checkpoint.fingerprints(doubled)
+    assert checkpoint.fingerprints(model) == checkpoint.fingerprints(copy.deepcopy(model))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -25,8 +25,10 @@ from sharding.census import Census
 from sharding.collectives import gather_objects
 from sharding.engine_state import MOMENTS, adam, moment
 from sharding.errors import UserErrors
+from sharding.portable import Portable
 from sharding.zero import ZeroSettings, build_engine
 from tests import tiny
+from tests.saved import save
 
 TOKENS = 50
 WIDE_TEXT = {"config": {"hidden_size": 64, "intermediate_size": 64}}  # bitsandbytes' NF4 on a CPU wants 64
@@ -162,7 +164,7 @@ def wide_engine(optimizer: str, zero: dict[str, Any], seed: int, bf16: bool, sav
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16 if bf16 else torch.float32)
     if saved is not None:
-        checkpoint.load_weights(model, saved)
+        checkpoint.load_weights(model, Portable(saved))
     settings = OptimizerSettings.model_validate({"name": optimizer, "learning_rate": 0.01, "weight_decay": 0.1})
     engine = build_engine(
         model,
@@ -174,7 +176,7 @@ def wide_engine(optimizer: str, zero: dict[str, Any], seed: int, bf16: bool, sav
         bf16=bf16,
     )
     if saved is not None:
-        checkpoint.load(engine, saved)
+        checkpoint.load(engine, Portable(saved))
     return engine
 
 
@@ -211,7 +213,7 @@ def resumed(
     for before, zero in enumerate(settings):
         engine = wide_engine(optimizer, zero, seed, bf16)
         continued(engine, seed, 0, 3)
-        saved = checkpoint.save(engine, folder / f"{optimizer}{bf16}{before}", 3, {}, [])
+        saved = save(engine, folder / f"{optimizer}{bf16}{before}", 3)
         moments = moments_of(engine)
         undisturbed = continued(engine, seed, 3, 3)
         engine.destroy()

@@ -9,10 +9,10 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_train.build import build_model, build_training
-from dist_train.evaluate import one_base
+from dist_train.evaluate import same_bases
 from dist_train.llm import load_tokenizer
 from dist_train.recipe import load_recipe
-from sharding.checkpoint import fingerprint
+from sharding.checkpoint import fingerprints
 from sharding.collectives import gather_objects
 from sharding.errors import UserErrors
 
@@ -36,17 +36,17 @@ def frozen_pages(folder: Path, recipe: str, tokenizer: str) -> list[dict[str, An
     """Where each rank's frozen weights lie once the engine is built."""
     made = load_recipe(Path(recipe))
     model = build_model(made, load_tokenizer(tokenizer))
-    before = one_base(fingerprint(model))
+    before = same_bases(fingerprints(model))
     engine = build_training(made, model, micro_batch=1)
     weight = next(p for n, p in engine.module.named_parameters() if n.endswith("layers.1.mlp.up_proj.weight"))
-    assert not hasattr(weight, "ds_optim_param") and fingerprint(engine.module) == before
+    assert not hasattr(weight, "ds_optim_param") and fingerprints(engine.module) == before
     return gather_objects(mapping_of(weight.data_ptr()))
 
 
 def other_bases(folder: Path) -> str:
     """What rank 0 is told where the ranks read other frozen weights."""
     try:
-        one_base(f"base {dist.get_rank()}")
+        same_bases({"llm": f"base {dist.get_rank()}"})
     except UserErrors as error:
         return "; ".join(map(str, error.errors))
     return ""

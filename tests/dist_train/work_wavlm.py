@@ -9,7 +9,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -17,6 +16,7 @@ from dist_train.audio import AudioEncoder, AudioSettings
 from dist_train.build import build_model, fit_to_dataset
 from dist_train.evaluate import find_checkpoint
 from dist_train.llm import load_tokenizer
+from sharding.portable import Portable
 from sharding.zero import ZeroSettings, build_engine
 from tests import tiny
 from tests.work import fit, new_run
@@ -107,7 +107,7 @@ def adapted(folder: Path, data: str) -> dict[str, Any]:
         run = new_run(recipe, folder / f"stage{stage}")
         losses = fit(recipe, run)
         start = build_model(recipe, load_tokenizer(str(run.tokenizer))).state_dict()
-        saved = load_file(find_checkpoint(run, "last") / "model.safetensors")
+        saved = dict(Portable(find_checkpoint(run, "last")).tensors("model"))
         moved = {name: bool((value != start[name]).any()) for name, value in saved.items() if "audio" in name}
         found[str(stage)] = {"losses": losses, "moved": {name: hit for name, hit in moved.items() if "lora_" in name}}
     return found

@@ -14,9 +14,9 @@ import pytest
 from dist_train.evaluate import find_checkpoint, load_trained
 from dist_train.recipe import load_recipe
 from dist_train.run_directory import RunDirectory
-from sharding.checkpoint import read_state
 from sharding.errors import UserError
 from sharding.order import permutation
+from sharding.portable import Portable
 from sharding.shard_writer import pack_sample, write_dataset
 from sharding.shards import Dims, Split, load_dataset
 from tests import tiny
@@ -148,7 +148,7 @@ def test_a_run_that_failed_before_it_saved_starts_anew_where_it_is(recipe: Path,
 
 
 DAMAGE = {
-    "truncated weights": "model.safetensors: is missing or damaged",
+    "truncated weights": "model-00001-of-00002.safetensors: is missing or damaged",
     "no manifest": "is not a complete checkpoint",
     "empty manifest": "is not a complete checkpoint",
     "no checkpoints": "is not a checkpoint",
@@ -161,7 +161,7 @@ def damaged(finished: Path, folder: Path, how: str) -> Path:
     copy = Path(shutil.copytree(finished, folder / "copy", symlinks=True))
     best = copy / "checkpoints/best"
     if how == "truncated weights":
-        os.truncate(best / "model.safetensors", 1000)
+        os.truncate(best / "model-00001-of-00002.safetensors", 1000)
     elif how == "no manifest":
         (best / "manifest.json").unlink()
     elif how == "empty manifest":
@@ -234,6 +234,6 @@ def test_checkpoints_made_read_only_while_training(recipe: Path, tmp_path: Path)
             printed = process.communicate(timeout=100)[1]
     line = only_error(process.returncode, printed)
     assert "checkpoints/step_" in line and "cannot be written" in line and "--resume" in line
-    step = read_state(checkpoints / "last")["progress"]["step"]  # whole: its checksums are right
+    step = Portable(checkpoints / "last").state["progress"]["step"]  # whole: its checksums are right
     assert step <= metrics(tmp_path / "run")[-1]["step"] <= step + 4
     assert not list(checkpoints.glob("*.writing"))

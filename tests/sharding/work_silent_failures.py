@@ -17,13 +17,15 @@ import torch.distributed as dist
 from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor, nn
 
-from dist_train.evaluate import check_base
+from dist_train.run_state import check_bases
 from sharding import checkpoint
 from sharding.agreement import Agreement
 from sharding.collectives import gather_objects
 from sharding.engine_state import master
-from sharding.errors import UserError
+from sharding.errors import UserError, UserErrors
+from sharding.portable import Portable
 from sharding.zero import ZeroSettings, build_engine
+from tests.saved import save
 
 RATE = 0.1  # learning rate of SGD
 ROWS, WIDTH = 4, 8
@@ -218,14 +220,14 @@ def other_base(folder: Path, seed: int, stage: int) -> dict[str, Any]:
         return found
 
     model = Adapted(seed, base_seed=seed)
-    state = {"base": checkpoint.fingerprint(model)}
+    bases = checkpoint.fingerprints(model)
     engine = engine_of(model)
     losses(engine, 0, 1)
     version = {"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}}
     for kind in ("full", "trainables"):
         only = kind == "trainables"
         engine.save_checkpoint(str(folder / kind), tag="t", exclude_frozen_parameters=only, client_state=version)
-    ours = checkpoint.save(engine, folder / "ours", 2, state, ())
+    ours = save(engine, folder / "ours", 2, {"bases": bases})
     result: dict[str, Any] = {"continued": losses(engine, 2, 3)}
     if dist.get_rank() == 0:
         options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
@@ -244,8 +246,9 @@ def other_base(folder: Path, seed: int, stage: int) -> dict[str, Any]:
         result[f"{kind}, {base}"] = {"path": path, "lines": lines, "losses": losses(engine, 2, 3)}
     for base in ("same", "other"):
         try:
-            check_base(Adapted(seed, base_seed=seed + (base == "other")), checkpoint.read_state(ours), ours)
+            now = checkpoint.fingerprints(Adapted(seed, base_seed=seed + (base == "other")))
+            check_bases(ours, Portable(ours).state["bases"], now)
             result[f"ours, {base}"] = None
-        except UserError as error:
+        except UserErrors as error:
             result[f"ours, {base}"] = str(error)
     return result
