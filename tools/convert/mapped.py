@@ -21,6 +21,7 @@ class Mapped:
 
     def __init__(self) -> None:
         self._last: list[Tensor] = []
+        self._versions: dict[int, int] = {}  # of each storage when it was first seen: torch counts what is written
 
     def joined(self, parts: list[Tensor], shape: torch.Size) -> Tensor:
         """The first elements of the flat parts, in a shape; without a copy where there is one part.
@@ -29,17 +30,18 @@ class Mapped:
             RuntimeError: they have fewer.
         """
         for part in self._last:
-            give_back(part)
+            if self._versions[part.untyped_storage().data_ptr()] == part._version:
+                give_back(part)
         self._last = parts = [part.detach() for part in parts]
+        for part in parts:
+            self._versions.setdefault(part.untyped_storage().data_ptr(), part._version)
         whole = parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts])
         return whole if whole.shape == shape else whole[: shape.numel()].view(shape)
 
 
 def give_back(tensor: Tensor) -> None:
-    """Takes a tensor's pages out of this process's memory if they can be read again: they are a file's, and nothing has
-    been written to them.
-    """
-    if madvise is None or tensor.nbytes < SMALL or tensor._version > 0 or not tensor.is_contiguous():
+    """Takes a tensor's pages out of this process's memory if they are a file's, to be read again from there."""
+    if madvise is None or tensor.nbytes < SMALL or not tensor.is_contiguous():
         return
     page = mmap.PAGESIZE
     start, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
