@@ -178,32 +178,33 @@ def adam_step(paths: list[Path], partitions: list[Partition], say: Callable[[str
     Raises:
         UserError: it differs between parts of the model.
     """
-    steps = {}
+    steps, other = {}, set()
     for path, partition in zip(paths, partitions, strict=True):
         with laid_out(path):
             for master, state in zip(partition.masters, partition.states, strict=True):
-                if master.numel():
-                    steps[held_step(state, master.numel(), say)] = path
+                if state and not is_adam(state, master.numel()):
+                    other.update(state.get(EIGHT_BIT, state))
+                elif master.numel():
+                    steps[int(state["step"]) if state else 0] = path
+    if other:
+        say(f"the optimizer's state is left out: {', '.join(sorted(other))} are not all of AdamW")
+        return 0
     if len(steps) > 1:
         most = max(steps)
         problem = f"holds parts of the model that have been updated {most} times, others {min(steps)} times"
-        raise UserError(
-            str(steps[most]), problem, "One count for all is needed: start the optimizer anew from the weights."
-        )
+        raise UserError(str(steps[most]), problem, "One count for all is needed: start the optimizer anew.")
     return max(steps, default=0)
 
 
-def held_step(state: State, elements: int, say: Callable[[str], None]) -> int:
-    """Adam's count in the state of a partition; 0 if it has not stepped, or is of another optimizer."""
-    if not state:
-        return 0
-    known, names = (state, MOMENTS) if MOMENTS[0] in state else (state.get(EIGHT_BIT, {}), ("state1", "state2"))
-    more = known.keys() - {"step", *names, *(f"{name}{number}" for name in ("qmap", "absmax") for number in (1, 2))}
-    if more or any(name not in known or known[name].numel() < elements for name in names):
-        kept = ", ".join(sorted(known or state))
-        say(f"the optimizer's state is left out: {kept} are not those of AdamW")
-        return 0
-    return int(state["step"])
+def is_adam(state: State, elements: int) -> bool:
+    """Whether a partition's state is that of AdamW, in fp32 or in 8 bits, and of nothing else."""
+    if MOMENTS[0] in state:
+        return state.keys() == {"step", *MOMENTS} and all(state[name].numel() >= elements for name in MOMENTS)
+    known, codes = state.get(EIGHT_BIT, {}), ("state1", "state2")
+    if not known.keys() >= set(codes) or any(known[name].numel() < elements for name in codes):
+        return False
+    scaling = {f"{name}{number}" for name in ("qmap", "absmax") for number in (1, 2)}
+    return known.keys() - codes == (scaling if known["state1"].dtype == torch.uint8 else set())
 
 
 def addressed_places(partitions: list[Partition]) -> dict[str, list[Place]]:
