@@ -22,6 +22,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from sharding.errors import UserError
 from tools.convert.held import Tensors
+from tools.convert.mapped import Mapped
 
 ANOTHER = "Use another checkpoint of that run."
 OURS = "dist_train"  # where `state` lies among what a client adds to a checkpoint
@@ -155,7 +156,7 @@ class Model:
         places = {name: (value.data_ptr(), value.shape) for name, value in module.items() if value.numel()}
         return {name: kept[place] for name, place in places.items() if kept.setdefault(place, name) != name}
 
-    def untrained(self, trained: set[str]) -> tuple[Tensors, list[str]]:
+    def untrained(self, trained: set[str], mapped: Mapped) -> tuple[Tensors, list[str]]:
         """Buffers and frozen weights, as far as they were saved; the names of the latter."""
         module, buffers, tied = self.common["module"], set(self.common["buffer_names"]), self.tied
         found: dict[str, Callable[[], Tensor]] = {}
@@ -164,13 +165,14 @@ class Model:
         cut = (self.common["frozen_param_shapes"] or {}) if self.sharded else {}
         for name, value in module.items():
             if name not in trained | tied.keys() | cut.keys():
-                found[name], shapes[name], dtypes[name] = partial(kept, value), list(value.shape), value.dtype
+                found[name] = partial(mapped.joined, [value], value.shape)
+                shapes[name], dtypes[name] = list(value.shape), value.dtype
         for name, shape in cut.items():
             parts = [rank["frozen_param_fragments"][name] for rank in self.ranks]
             if sum(part.numel() for part in parts) < shape.numel():
                 raise ValueError(f"{name} has fewer elements than its shape {list(shape)}")
             shapes[name], dtypes[name] = list(shape), parts[0].dtype
-            found[name] = partial(cut_back, parts, shape)
+            found[name] = partial(mapped.joined, parts, shape)  # the last one is padded
         return Tensors(shapes, dtypes, lambda name: found[name]()), [name for name in found if name not in buffers]
 
     def state(self, say: Callable[[str], None]) -> dict[str, Any]:
@@ -186,16 +188,6 @@ class Model:
         if lost:
             say(f"left out of client_state: {', '.join(sorted(lost))} (only numbers, text and lists of them are kept)")
         return {**state, "client_state": {name: value for name, value in client.items() if name not in lost}}
-
-
-def kept(value: Tensor) -> Tensor:
-    """A tensor as it is."""
-    return value
-
-
-def cut_back(parts: list[Tensor], shape: torch.Size) -> Tensor:
-    """A tensor of the parts that the ranks hold, of which the last is padded."""
-    return torch.cat([part.flatten() for part in parts])[: shape.numel()].view(shape)
 
 
 def plain(value: Any) -> bool:

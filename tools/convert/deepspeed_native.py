@@ -29,6 +29,7 @@ from sharding.errors import UserError
 from tools.convert import deepspeed_stage0
 from tools.convert.deepspeed_files import ANOTHER, Model, check_ranks, folder_of, laid_out, load, open_model
 from tools.convert.held import Held, Tensors
+from tools.convert.mapped import Mapped
 
 OPTIMIZER_FILE = re.compile(r"(?P<kind>bf16_|fp16_|)zero_pp_rank_\d+_mp_rank_00_optim_states\.pt")
 EIGHT_BIT = "__bnb_optimizer_quant_state__"  # where bitsandbytes wraps its state
@@ -86,8 +87,9 @@ def read(path: Path, *, say: Callable[[str], None] = warnings.warn) -> Held:
     with laid_out(model.path):
         if not model.shapes:
             return deepspeed_stage0.read(model, say)
+        mapped = Mapped()
         shapes = {name: shape for group in model.shapes for name, shape in group.items()}
-        untrained, frozen = model.untrained(set(shapes))
+        untrained, frozen = model.untrained(set(shapes), mapped)
         state: State = {**model.state(say), "tied": model.tied, "frozen": frozen}
         paths = optimizer_files(folder, model.common["dp_world_size"])
     partitions = [open_partition(file, model) for file in paths]
@@ -101,13 +103,14 @@ def read(path: Path, *, say: Callable[[str], None] = warnings.warn) -> Held:
         if name not in shapes:
             return untrained.read(name)
         parts = [partitions[at.rank].masters[at.group][at.start : at.start + at.count] for at in places[name]]
-        return joined(parts, shapes[name])
+        return mapped.joined(parts, shapes[name]).float()
 
     moments = {f"{which}.{name}": (which, name) for which in (MOMENTS if step else ()) for name in shapes}
 
     def moment(full: str) -> Tensor:
         which, name = moments[full]
-        return joined([part_of(partitions[at.rank].states[at.group], which, at) for at in places[name]], shapes[name])
+        parts = [part_of(partitions[at.rank].states[at.group], which, at) for at in places[name]]
+        return mapped.joined(parts, shapes[name]).float()
 
     weights = Tensors(
         {**{name: list(shape) for name, shape in shapes.items()}, **untrained.shapes},
@@ -117,12 +120,6 @@ def read(path: Path, *, say: Callable[[str], None] = warnings.warn) -> Held:
     sizes = {full: list(shapes[name]) for full, (_, name) in moments.items()}
     state.update({"adam_step": step, "zero_stage": 3 if model.sharded else partitions[0].stage})
     return Held(weights, Tensors(sizes, dict.fromkeys(sizes, torch.float32), moment), state)
-
-
-def joined(parts: list[Tensor], shape: torch.Size) -> Tensor:
-    """A parameter of the ranks' parts; no copy where one rank has all of it."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return whole.view(shape).float()
 
 
 def part_of(state: State, which: str, at: Place) -> Tensor:
@@ -181,32 +178,33 @@ def adam_step(paths: list[Path], partitions: list[Partition], say: Callable[[str
     Raises:
         UserError: it differs between parts of the model.
     """
-    steps = {}
+    steps, other = {}, set()
     for path, partition in zip(paths, partitions, strict=True):
         with laid_out(path):
             for master, state in zip(partition.masters, partition.states, strict=True):
-                if master.numel():
-                    steps[held_step(state, master.numel(), say)] = path
+                if state and not is_adam(state, master.numel()):
+                    other.update(state.get(EIGHT_BIT, state))
+                elif master.numel():
+                    steps[int(state["step"]) if state else 0] = path
+    if other:
+        say(f"the optimizer's state is left out: {', '.join(sorted(other))} are not all of AdamW")
+        return 0
     if len(steps) > 1:
         most = max(steps)
         problem = f"holds parts of the model that have been updated {most} times, others {min(steps)} times"
-        raise UserError(
-            str(steps[most]), problem, "One count for all is needed: start the optimizer anew from the weights."
-        )
+        raise UserError(str(steps[most]), problem, "One count for all is needed: start the optimizer anew.")
     return max(steps, default=0)
 
 
-def held_step(state: State, elements: int, say: Callable[[str], None]) -> int:
-    """Adam's count in the state of a partition; 0 if it has not stepped, or is of another optimizer."""
-    if not state:
-        return 0
-    known, names = (state, MOMENTS) if MOMENTS[0] in state else (state.get(EIGHT_BIT, {}), ("state1", "state2"))
-    more = known.keys() - {"step", *names, *(f"{name}{number}" for name in ("qmap", "absmax") for number in (1, 2))}
-    if more or any(name not in known or known[name].numel() < elements for name in names):
-        kept = ", ".join(sorted(known or state))
-        say(f"the optimizer's state is left out: {kept} are not those of AdamW")
-        return 0
-    return int(state["step"])
+def is_adam(state: State, elements: int) -> bool:
+    """Whether a partition's state is that of AdamW, in fp32 or in 8 bits, and of nothing else."""
+    if MOMENTS[0] in state:
+        return state.keys() == {"step", *MOMENTS} and all(state[name].numel() >= elements for name in MOMENTS)
+    known, codes = state.get(EIGHT_BIT, {}), ("state1", "state2")
+    if not known.keys() >= set(codes) or any(known[name].numel() < elements for name in codes):
+        return False
+    scaling = {f"{name}{number}" for name in ("qmap", "absmax") for number in (1, 2)}
+    return known.keys() - codes == (scaling if known["state1"].dtype == torch.uint8 else set())
 
 
 def addressed_places(partitions: list[Partition]) -> dict[str, list[Place]]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sharding.engine_state import MOMENTS
 from tools.convert.deepspeed_files import Model
 from tools.convert.held import Held, Tensors
+from tools.convert.mapped import Mapped
 
 Said = Callable[[str], None]
 REMEDY = "save at ZeRO stage 1 or later, or give the optimizer model.named_parameters()"
@@ -62,4 +63,6 @@ def names_of(groups: list[dict[str, Any]], parameters: dict[str, Tensor]) -> dic
 def tensors(values: dict[str, Tensor]) -> Tensors:
     """Tensors that are mapped already."""
     shapes = {name: list(value.shape) for name, value in values.items()}
-    return Tensors(shapes, {name: value.dtype for name, value in values.items()}, values.__getitem__)
+    mapped = Mapped()
+    dtypes = {name: value.dtype for name, value in values.items()}
+    return Tensors(shapes, dtypes, lambda name: mapped.joined([values[name]], values[name].shape))

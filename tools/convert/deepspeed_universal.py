@@ -30,6 +30,7 @@ from sharding.errors import UserError
 from sharding.portable import flush, writing
 from tools.convert.deepspeed_files import ANOTHER, OURS, folder_of, laid_out, load, open_model, stays
 from tools.convert.held import Held, Tensors
+from tools.convert.mapped import Mapped
 from tools.convert.safetensors_shards import unseen
 
 LATEST = "latest_universal"
@@ -64,7 +65,7 @@ def read(path: Path, *, say: Callable[[str], None] = warnings.warn) -> Held:
     with laid_out(model.path):
         shapes = {plain_name(zero, name): shape for group in model.shapes for name, shape in group.items()}
         frozen_shapes = dict(model.common["frozen_param_shapes"] or {})
-        untrained, frozen = model.untrained(set(shapes))
+        untrained, frozen = model.untrained(set(shapes), Mapped())
         state: dict[str, Any] = {**model.state(say), "tied": model.tied}
     step = adam_step(zero, list(shapes))
     trained = {name: File(zero / name / "fp32.pt", shape) for name, shape in shapes.items()}

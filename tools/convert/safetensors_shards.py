@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +20,8 @@ from torch import Tensor
 from sharding.portable import flush
 from tools.convert.held import Tensors
 
+PIECE = 30 << 10  # elements; torch's threads take part from 32 Ki on
+BUFFER = 4 << 20  # bytes gathered for one write
 SHARD_BYTES = 5_000_000_000  # as save_pretrained of transformers 4 has it
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -67,7 +69,7 @@ def write_shards(
     )
     written = []
     for file, names in plan.filename_to_tensors.items():
-        with (folder / file).open("wb") as out:
+        with (folder / file).open("wb", buffering=BUFFER) as out:
             write_file(out, names, tensors, kinds, on_tensor)
         flush(folder / file)
         written.append(folder / file)
@@ -105,11 +107,24 @@ def write_file(
         tensor = tensors.read(name)
         if list(tensor.shape) != tensors.shapes[name] or tensor.dtype != tensors.dtypes[name]:
             raise ValueError(f"{name} was said to be {tensors.dtypes[name]} {tensors.shapes[name]}")
-        data = raw(tensor.to(kinds[name]))
-        out.write(data)
-        on_tensor(name, data.nbytes)
+        for piece in cast(tensor, kinds[name]):
+            out.write(raw(piece))
+        on_tensor(name, tensor.numel() * kinds[name].itemsize)
+
+
+def cast(tensor: Tensor, kind: torch.dtype) -> Iterator[Tensor]:
+    """A flat tensor in another dtype, piece by piece in the same memory: no copy of it, and pieces that stay in the
+    processor's cache. torch would share larger ones among threads, which wait for each other where cores are busy.
+    """
+    flat = tensor.contiguous().view(-1)
+    if kind == tensor.dtype:
+        yield flat
+        return
+    place = torch.empty(PIECE, dtype=kind)
+    for piece in flat.split(PIECE):
+        yield place[: len(piece)].copy_(piece)
 
 
 def raw(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, without a copy where it is contiguous."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    """A flat tensor's bytes, without a copy."""
+    return tensor.view(torch.uint8).numpy().data

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tools.convert.held import Tensors
-from tools.convert.safetensors_shards import NAMES, write_shards
+from tools.convert.safetensors_shards import NAMES, PIECE, write_shards
 
 
 def held(values: dict[str, Tensor]) -> Tensors:
@@ -69,6 +69,14 @@ def test_a_folder_that_transformers_loads(tmp_path: Path) -> None:
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "theirs", dtype=torch.bfloat16)
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, theirs.state_dict()[name])
+
+
+@pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 7])
+def test_large_tensors_are_cast_piece_by_piece(size: int, tmp_path: Path) -> None:
+    value = torch.randn(size)
+    write_shards(tmp_path, held({"a": value.view(1, -1), "b": torch.arange(3)}), dtype=torch.bfloat16)
+    found = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(found["a"], value.bfloat16().view(1, -1)) and torch.equal(found["b"], torch.arange(3))
 
 
 def test_a_tensor_that_is_not_what_was_said(tmp_path: Path) -> None:

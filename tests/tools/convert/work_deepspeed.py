@@ -14,9 +14,9 @@ from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from sharding.checkpoint import trainables
+from sharding.checkpoint import load, load_weights, trainables
 from sharding.collectives import gather_objects
-from sharding.engine_state import MOMENTS, create_moments, master, moment, set_adam_step, set_master, set_moment
+from sharding.engine_state import MOMENTS, master, moment
 from sharding.portable import Portable
 from sharding.zero import ZeroSettings, build_engine
 
@@ -179,7 +179,7 @@ def loaded(folder: Path, seed: int, jobs: dict[str, dict[str, Any]]) -> dict[str
 def resumed(model: nn.Module, directory: Path, *, stage: int, bf16: bool = False, **optimizer: Any) -> Any:
     """Our own engine with a portable checkpoint in it."""
     saved = Portable(directory)
-    model.load_state_dict(dict(saved.tensors("model")), strict=False)
+    load_weights(model, saved)
     engine = build_engine(
         model,
         optimizer_of(model, **optimizer),
@@ -189,10 +189,5 @@ def resumed(model: nn.Module, directory: Path, *, stage: int, bf16: bool = False
         clip_norm=1.0,
         bf16=bf16,
     )
-    create_moments(engine)
-    for name, parameter in trainables(engine.module).items():
-        set_master(engine, parameter, saved.tensor("model", name))
-        for which in MOMENTS:
-            set_moment(engine, parameter, which, saved.tensor("optimizer", f"{which}.{name}"))
-    set_adam_step(engine, saved.state["adam_step"])
+    load(engine, saved)
     return engine
