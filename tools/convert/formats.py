@@ -23,6 +23,7 @@ class Format:
         what: it is.
         looks: what it is recognised by.
         keeps: what of a checkpoint it holds.
+        parts: the same, to tell which formats share something.
         detect: function (path) → whether it is there.
         read: function (path, context) → Source; None where it is not read.
         plan: function (source, context) → Outgoing; None where it is not written.
@@ -36,6 +37,7 @@ class Format:
     what: str
     looks: str
     keeps: str
+    parts: tuple[str, ...]
     detect: str
     read: str | None = None
     plan: str | None = None
@@ -45,6 +47,8 @@ class Format:
     why_not: str = ""
 
 
+ALL = ("llm", "llm adapter", "audio", "audio adapter", "projector", "fusion")
+MERGED = {"llm adapter": "llm", "audio adapter": "audio"}  # what an adapter and its base make together
 WHOLE_LLM = "the whole language model"
 WHOLE_WAVLM = "the whole WavLM"
 INTO_RUN = "into `portable`: `--run`, whose checkpoint gives the rest"
@@ -55,6 +59,7 @@ FORMATS = (
         what="a checkpoint of ours, or the best one of a run directory",
         looks="`manifest.json`, or `recipe.yaml` of a run",
         keeps="trained weights in fp32, optimizer, progress",
+        parts=ALL,
         detect="portable_folder:detect",
         read="portable_folder:read",
         plan="portable_folder:plan",
@@ -67,6 +72,7 @@ FORMATS = (
         what="a checkpoint of DeepSpeed's `engine.save_checkpoint`, ZeRO-0 to 3, trained weights alone too",
         looks="`*_model_states.pt`, or `latest`",
         keeps="trained weights in fp32, optimizer; frozen weights are left out",
+        parts=ALL,
         detect="deepspeed_native:detect",
         read="deepspeed_folder:read_native",
         why_not="not written: its files are cut for one number of ranks and one stage. DeepSpeed loads "
@@ -77,6 +83,7 @@ FORMATS = (
         what="a universal checkpoint of DeepSpeed",
         looks="`zero/`, or `latest_universal`",
         keeps="trained weights in fp32, optimizer",
+        parts=ALL,
         detect="deepspeed_universal:detect",
         read="deepspeed_folder:read_universal",
         plan="deepspeed_folder:plan",
@@ -88,6 +95,7 @@ FORMATS = (
         what="a Hugging Face folder of a causal language model, adapters merged",
         looks="`config.json` of another model than WavLM, and weights",
         keeps=f"{WHOLE_LLM} in bf16 (`--dtype fp32`), tokenizer",
+        parts=("llm",),
         detect="huggingface:detect_causal",
         read="huggingface:read_causal",
         plan="huggingface:plan_causal",
@@ -100,6 +108,7 @@ FORMATS = (
         what="an adapter folder of PEFT for the language model (LoRA, DoRA, VeRA)",
         looks="`adapter_config.json`",
         keeps="the language model's adapters",
+        parts=("llm adapter",),
         detect="peft_folder:detect_causal",
         read="peft_folder:read_causal",
         plan="peft_folder:plan_causal",
@@ -112,6 +121,7 @@ FORMATS = (
         what="an adapter folder of PEFT for WavLM",
         looks="`adapter_config.json`, modules `encoder.layers.*`",
         keeps="WavLM's adapters",
+        parts=("audio adapter",),
         detect="peft_folder:detect_wavlm",
         read="peft_folder:read_wavlm",
         plan="peft_folder:plan_wavlm",
@@ -124,6 +134,7 @@ FORMATS = (
         what="a Hugging Face folder of WavLM, adapters merged",
         looks="`config.json` of WavLM, and weights",
         keeps=f"{WHOLE_WAVLM} in fp32 (`--dtype bf16`), feature extractor",
+        parts=("audio",),
         detect="huggingface:detect_wavlm",
         read="huggingface:read_wavlm",
         plan="huggingface:plan_wavlm",
@@ -136,6 +147,7 @@ FORMATS = (
         what="SDUMC's published fusion checkpoint, both imagination skips (a folder with `fusion.pt`)",
         looks="`.pt` with `fra2utt_0.*`",
         keeps="the fusion network",
+        parts=("fusion",),
         detect="sdumc:detect",
         read="sdumc:read",
         plan="sdumc:plan",
@@ -148,6 +160,7 @@ FORMATS = (
         what="WavLM as its authors published it (`WavLM-Large.pt`, `WavLM-Base+.pt`)",
         looks="`.pt` with `cfg` and `model`",
         keeps=WHOLE_WAVLM,
+        parts=("audio",),
         detect="fairseq_wavlm:detect",
         read="fairseq_wavlm:read",
         why_not="not written: all that reads it reads Hugging Face folders too",
@@ -157,6 +170,7 @@ FORMATS = (
         what="Meta's consolidated Llama 1, 2 and 3.0",
         looks="`params.json` and `consolidated.*.pt`",
         keeps=f"{WHOLE_LLM}, `tokenizer.model`",
+        parts=("llm",),
         detect="llama:detect_meta",
         read="llama:read_meta",
         needs_to_read="`tokenizer.model` in the folder, or `--run`",
@@ -167,6 +181,7 @@ FORMATS = (
         what="llama2.c's `.bin`, version 0 (fp32)",
         looks="`.bin` whose first seven integers are a Llama's sizes",
         keeps=f"{WHOLE_LLM}, tokenizer",
+        parts=("llm",),
         detect="llama:detect_llama2c",
         read="llama:read_llama2c",
         needs_to_read="`tokenizer.bin`, `tok*.bin` or `tokenizer.model` beside it",
@@ -177,6 +192,7 @@ FORMATS = (
         what="SLAM-LLM's `model.pt`, DeepSpeed's consolidated `pytorch_model.bin`",
         looks="`encoder_projector.*`, `llm.base_model.model.*`, or our names",
         keeps="projector, the language model's LoRA; read under our names also all else",
+        parts=("projector", "llm adapter"),
         detect="slam:detect",
         read="slam:read",
         plan="slam:plan",
@@ -184,6 +200,12 @@ FORMATS = (
         opened_by="`torch.load(weights_only=True)`",
     ),
 )
+
+
+def shared(source: Format, result: Format) -> bool:
+    """Whether one can go into the other."""
+    held = {*source.parts, *(MERGED[part] for part in source.parts if part in MERGED)}
+    return bool(source.read and result.plan and held & set(result.parts))
 
 
 def by_name(name: str) -> Format:

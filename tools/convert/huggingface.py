@@ -108,6 +108,7 @@ def plan_causal(source: Source, context: Context) -> Outgoing:
         files=["config.json", "tokenizer.json", "tokenizer_config.json"],
         left_out=others(source, model.taken),
         notes=model.notes,
+        base=model.base.folder if model.base is not None else None,
     )
 
 
@@ -135,6 +136,7 @@ def plan_wavlm(source: Source, context: Context) -> Outgoing:
         files=["config.json", "preprocessor_config.json"],
         left_out=others(source, model.taken),
         notes=model.notes,
+        base=model.base.folder if model.base is not None else None,
     )
 
 

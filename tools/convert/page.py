@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools.convert.formats import FORMATS, Format
+from tools.convert.formats import FORMATS, shared
 
 PAGE = Path(__file__).parents[2] / "docs" / "conversion.md"
 
@@ -61,23 +61,6 @@ script loads with `strict=False` and would pass over other names in silence.
 converted back from there, weights are the rounded ones.
 """
 
-PARTS = {
-    "portable": {"llm", "llm adapter", "audio", "audio adapter", "projector", "fusion"},
-    "deepspeed": {"llm", "llm adapter", "audio", "audio adapter", "projector", "fusion"},
-    "deepspeed-universal": {"llm", "llm adapter", "audio", "audio adapter", "projector", "fusion"},
-    "huggingface": {"llm"},
-    "peft": {"llm adapter"},
-    "peft-wavlm": {"audio adapter"},
-    "wavlm": {"audio"},
-    "sdumc": {"fusion"},
-    "fairseq-wavlm": {"audio"},
-    "meta-llama": {"llm"},
-    "llama2c": {"llm"},
-    "slam": {"projector", "llm adapter"},
-}
-# What an adapter and its base make together.
-MERGED = {"llm adapter": "llm", "audio adapter": "audio"}
-
 
 def page() -> str:
     """The page."""
@@ -95,31 +78,15 @@ def table() -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def cells() -> list[tuple[str, str]]:
-    """Each source and result that share something; tests/tools/convert/test_matrix.py converts them all."""
-    return [
-        (source.name, result.name)
-        for source in FORMATS
-        for result in FORMATS
-        if source.read and result.plan and cell(source, result)
-    ]
-
-
 def matrix() -> Iterator[str]:
-    """Sources against results."""
+    """Sources against results; tests/tools/convert/test_matrix.py converts each cell."""
     results = [one for one in FORMATS if one.plan]
     yield f"| from \\ to | {' | '.join(f'`{one.name}`' for one in results)} |"
     yield "|---" * (len(results) + 1) + "|"
     for source in FORMATS:
         if source.read:
-            yield f"| `{source.name}` | {' | '.join(cell(source, result) for result in results)} |"
-
-
-def cell(source: Format, result: Format) -> str:
-    """Whether one goes into the other."""
-    held = PARTS[source.name]
-    held = held | {MERGED[part] for part in held if part in MERGED}
-    return "yes" if held & PARTS[result.name] else ""
+            marks = ["yes" if shared(source, result) else "" for result in results]
+            yield f"| `{source.name}` | {' | '.join(marks)} |"
 
 
 if __name__ == "__main__":

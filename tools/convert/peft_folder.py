@@ -200,6 +200,7 @@ def plan(source: Source, context: Context, part: Part) -> Outgoing:
         files=[CONFIG],
         left_out=others(source, names.values()),
         notes=notes,
+        base=base.folder,
     )
 
 

@@ -36,7 +36,7 @@ def write_provenance(
             "files": {str(path.resolve()): source.checksums.get(path) or digest(path) for path in files},
         },
         "run": str(context.run.path.resolve()) if context.run is not None else None,
-        "base": str(base) if (base := context.base or source.base) else None,
+        "base": str(planned.base) if planned.base is not None else None,
         "bases": source.held.state.get("bases", {}),
         "dist_train": __version__,
         "command": shlex.join(sys.argv),

@@ -63,6 +63,7 @@ class Outgoing:
         files: names of what else is written.
         left_out: what `Source` holds and the format does not.
         notes: what a user should know of the result.
+        base: folder of the frozen weights that it contains or belongs to.
     """
 
     tensors: Tensors
@@ -72,6 +73,7 @@ class Outgoing:
     files: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    base: Path | None = None
 
 
 class Run:

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,17 +42,15 @@ def test_provenance(made: MakeRun, convert: Convert) -> None:
     for name, checksum in told["source"]["files"].items():
         assert hashlib.sha256(Path(name).read_bytes()).hexdigest() == checksum
     assert told["bases"].keys() == {"llm", "audio"}
+    told = json.loads((convert(run.path, "peft", name="adapter") / "provenance.json").read_text())
+    assert told["base"] == run.recipe.text.pretrained
 
 
-def test_help_is_quick() -> None:
-    best = 9.0
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "dist_train.cli", "convert", "--help"], check=True, capture_output=True)
-        best = min(best, time.perf_counter() - start)
-    loaded = "import sys; import dist_train.cli; assert not {'torch', 'tools'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", loaded], check=True)
-    assert best < 2  # about 0.3 s on an idle machine
+def test_help_loads_nothing_heavy() -> None:
+    asked = "from dist_train.cli import main; import sys, contextlib\n"
+    asked += "with contextlib.suppress(SystemExit): main(args=['convert', '--help'])\n"
+    asked += "assert not {'torch', 'tools'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", asked], check=True)
 
 
 def test_what_is_refused(made: MakeRun, tmp_path: Path, refused: Callable[..., str], folders: dict[str, Path]) -> None:

@@ -31,12 +31,16 @@ from tests.tools.convert.runs import (
 from tests.tools.convert.test_llama import write_llama2c, write_pieces
 from tests.tools.convert.test_sdumc import clips, ours, theirs
 from tools.convert import deepspeed_universal
-from tools.convert.page import cells
+from tools.convert.formats import FORMATS, shared
 
 WHOLE = ("huggingface", "wavlm", "fairseq-wavlm", "meta-llama", "llama2c")  # these come of a run tuned in full
 CELLS = [
-    pytest.param(*cell, marks=pytest.mark.slow if cell[0] == "deepspeed" else [], id="-to-".join(cell))
-    for cell in cells()
+    pytest.param(
+        of.name, to.name, marks=pytest.mark.slow if of.name == "deepspeed" else [], id=f"{of.name}-to-{to.name}"
+    )
+    for of in FORMATS
+    for to in FORMATS
+    if shared(of, to)
 ]
 
 
