@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Wav
 
 from dist_train.audio import build_wavlm
 from dist_train.build import build_model
-from dist_train.pretrained import LOAD_ERRORS, cannot_load
+from dist_train.pretrained import LOAD_ERRORS, cannot_load, layer_problems
 from sharding.errors import UserError
 from tools.convert.held import Tensors
 from tools.convert.pickles import load_pickle, tensors_of
@@ -137,19 +137,31 @@ def read_config(folder: Path, part: Part, where: str) -> PretrainedConfig:
     if not folder.is_dir():
         raise UserError(where, f"{folder} is no folder", f"Give the folder of the {CALLED[part]}.")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise cannot_load(where, str(folder), error) from None
+    too_deep = next(layer_problems(config.to_dict(), where), None)
+    if too_deep is not None:
+        raise too_deep
     if isinstance(config, WavLMConfig) != (part == "audio"):
         raise UserError(where, f"{folder} holds a {config.model_type} model", f"Give the folder of the {CALLED[part]}.")
     return config
 
 
 def stock_model(config: PretrainedConfig, part: Part) -> Any:
-    """transformers' own model on the meta device."""
+    """transformers' own model on the meta device.
+
+    Raises:
+        UserError: the configuration makes none.
+    """
     kind: Any = WavLMModel
-    with torch.device("meta"):
-        return kind(config) if part == "audio" else AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            return kind(config) if part == "audio" else AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever it raises, the configuration is to blame
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        where = config.name_or_path or "SRC"
+        raise UserError(where, f"has a configuration that makes no model ({reason})", "Give a whole model.") from None
 
 
 def stock_shapes(config: PretrainedConfig, part: Part) -> dict[str, list[int]]:

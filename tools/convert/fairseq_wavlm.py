@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import WavLMConfig
 
+from dist_train.pretrained import MOST_LAYERS, layer_problems
 from sharding.errors import UserError
 from tools.convert.base import stock_shapes
 from tools.convert.held import Held
@@ -133,6 +134,9 @@ def read_config(cfg: Any, path: Path) -> WavLMConfig:
         fields["hidden_size"], fields["num_hidden_layers"]
     except (KeyError, TypeError, ValueError, SyntaxError) as error:
         raise UserError(str(path), f"has a cfg that is not WavLM's ({error!r})", remedy) from None
+    too_deep = next(layer_problems({"encoder_layers": cfg["encoder_layers"]}, str(path)), None)
+    if too_deep is not None:
+        raise too_deep
     if not (cfg.get("relative_position_embedding") and cfg.get("gru_rel_pos")):
         raise UserError(str(path), "has no gated relative position bias: it is no WavLM", remedy)
     if cfg.get("activation_fn") == "glu":
@@ -144,7 +148,10 @@ def read_config(cfg: Any, path: Path) -> WavLMConfig:
         "feat_extract_norm": "layer" if mode == "layer_norm" else "group",
         "architectures": ["WavLMModel"],
     }
-    return WavLMConfig(**fields)
+    try:
+        return WavLMConfig(**fields)
+    except Exception as error:  # transformers checks kinds and sizes by exceptions of its own
+        raise UserError(str(path), f"has a cfg that is not WavLM's ({' '.join(str(error).split())})", remedy) from None
 
 
 def conv_layers(text: str) -> list[tuple[int, int, int]]:
@@ -158,9 +165,14 @@ def conv_layers(text: str) -> list[tuple[int, int, int]]:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return value(node.left) + value(node.right)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            return value(node.left) * value(node.right)
+            left, right = value(node.left), value(node.right)
+            if not (isinstance(right, int) and right <= MOST_LAYERS):
+                raise ValueError(text)
+            return left * right
         return ast.literal_eval(node)
 
+    if len(text) > MOST_LAYERS:
+        raise ValueError(f"{text[:40]}…")
     found = value(ast.parse(text.strip(), mode="eval").body)
     if not all(isinstance(layer, tuple) and len(layer) == 3 for layer in found):
         raise ValueError(text)

@@ -37,7 +37,7 @@ def detect(path: Path, part: Part) -> bool:
     if not (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return False
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except LOAD_ERRORS:
         return False
     return isinstance(config, WavLMConfig) == (part == "audio")

@@ -17,7 +17,10 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from dist_train.llm import load_tokenizer
+from dist_train.pretrained import layer_problems
 from sharding.errors import UserError
+from sharding.files import MOST_JSON, read_bounded
+from tools.convert.base import stock_shapes
 from tools.convert.held import Held, Tensors
 from tools.convert.llama_tokenizer import read_tokenizer
 from tools.convert.pickles import load_pickle, tensors_of
@@ -180,7 +183,7 @@ def read_meta(path: Path, context: Context) -> Source:
         )
     config = LlamaConfig(
         hidden_size=dim,
-        intermediate_size=found.shapes["layers.0.feed_forward.w1.weight"][0],
+        intermediate_size=found.shapes.get("layers.0.feed_forward.w1.weight", [1])[0],
         num_hidden_layers=int(params["n_layers"]),
         num_attention_heads=heads,
         num_key_value_heads=int(params.get("n_kv_heads") or heads),
@@ -191,12 +194,18 @@ def read_meta(path: Path, context: Context) -> Source:
         tie_word_embeddings="output.weight" not in found.shapes,
         architectures=["LlamaForCausalLM"],
     )
+    held = renamed(found, config)
+    wanted = stock_shapes(config, "llm")
+    for name, shape in wanted.items():
+        has = held.shapes.get(PREFIX["llm"] + name)
+        if has != shape:
+            raise UserError(
+                str(path), f"has {name} of shape {has}, params.json asks for {shape}", "Give all its files."
+            )
     tokenizer = load_tokenizer(str(path / "tokenizer.model")) if (path / "tokenizer.model").is_file() else None
     if tokenizer is not None:
         config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return Source(
-        Held(renamed(found, config)), [path / "params.json", *files], models={"llm": config}, tokenizer=tokenizer
-    )
+    return Source(Held(held), [path / "params.json", *files], models={"llm": config}, tokenizer=tokenizer)
 
 
 def read_params(path: Path) -> dict[str, Any]:
@@ -206,10 +215,15 @@ def read_params(path: Path) -> dict[str, Any]:
         UserError: it lacks something, or asks for what is not supported.
     """
     try:
-        params = json.loads(path.read_bytes())
-        {key: int(params[key]) for key in ("dim", "n_layers", "n_heads")}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        params = json.loads(read_bounded(path, MOST_JSON, "Give Meta's params.json."))
+        sizes = [int(params[key]) for key in ("dim", "n_layers", "n_heads")]
+        if min(sizes) < 1:
+            raise ValueError("a size below 1")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(str(path), f"cannot be read ({error!r})", "Give Meta's params.json.") from None
+    too_deep = next(layer_problems(params, str(path)), None)
+    if too_deep is not None:
+        raise too_deep
     if params.get("use_scaled_rope"):
         raise UserError(
             str(path), "asks for scaled rotary angles (Llama 3.1 and later)", "Give Meta's Hugging Face folder."

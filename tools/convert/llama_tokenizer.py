@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sharding.errors import UserError
+from sharding.files import MOST_JSON, read_bounded
 
 SPACE = "▁"  # how SentencePiece writes a space
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -52,7 +53,7 @@ def read_pieces(path: Path, vocabulary: int) -> tuple[list[str], list[float]]:
     Raises:
         UserError: the file ends too early or too late.
     """
-    data = path.read_bytes()
+    data = read_bounded(path, MOST_JSON, "Give the tokenizer.bin that belongs to the model.")
     pieces, scores, place = [], [], 4
     try:
         for _ in range(vocabulary):

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, WavLMModel
 from dist_train.adapters import ATTENTION
 from dist_train.quantise import bitsandbytes
 from sharding.errors import UserError
+from sharding.files import MOST_JSON, read_bounded
 from tools.convert.base import Base, find_base, open_pickles, open_safetensors
 from tools.convert.fingerprint import check_base
 from tools.convert.held import Held, Tensors
@@ -110,8 +111,8 @@ def read(path: Path, part: Part) -> Source:
 def bases_told(path: Path) -> dict[str, str]:
     """Fingerprints of the bases, where the folder is one of ours."""
     try:
-        told = json.loads((path / PROVENANCE).read_bytes())["bases"]
-    except (OSError, ValueError, KeyError, TypeError):
+        told = json.loads(read_bounded(path / PROVENANCE, MOST_JSON, "Remove it."))["bases"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return {str(part): str(value) for part, value in told.items()} if isinstance(told, dict) else {}
 

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from sharding.errors import UserError
 
-BROKEN = (OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError)
+BROKEN = (
+    *(OSError, RuntimeError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError),
+    *(zipfile.BadZipFile, NotImplementedError),
+)
 
 
 def load_pickle(path: Path) -> Any:
@@ -22,8 +25,12 @@ def load_pickle(path: Path) -> Any:
     Raises:
         UserError: it cannot be read, or reading it would run code; names the global it asks for.
     """
-    zipped = zipfile.is_zipfile(path)
+    zipped = path.is_file() and zipfile.is_zipfile(path)
     try:
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                    raise ValueError("it is compressed, which torch.save never does: it may hold any size")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
@@ -53,6 +60,9 @@ def tensors_of(held: Any, path: Path) -> dict[str, Tensor]:
     found = {str(key): x for key, x in held.items() if isinstance(x, Tensor)} if isinstance(held, dict) else {}
     if not found:
         raise UserError(str(path), "holds no tensors by name", "Give a file that holds a state_dict.")
+    odd = next((key for key, x in found.items() if x.layout != torch.strided or x.is_meta or x.is_quantized), None)
+    if odd is not None:
+        raise UserError(str(path), f"has values in {odd} that are no plain numbers", "Save dense tensors.")
     return found
 
 

@@ -76,6 +76,7 @@ def whole_model(source: Source, context: Context, part: Part, dtype: torch.dtype
     if unknown:
         raise UserError("SRC", f"has {unknown[0]}, which its base does not have", "Give the base it was trained on.")
     config = adapter_config(source, context, part, adapters) if adapters else None
+    check_ranks(config, adapters, weights, named)
     projections = projections_for(config, base, adapters, context) if adapters else None
     kinds = {name: dtype if dtype and x.is_floating_point else x for name, x in base.tensors.dtypes.items()}
 
@@ -98,6 +99,23 @@ def whole_model(source: Source, context: Context, part: Part, dtype: torch.dtype
                 "Give the base it was trained on.",
             )
     return Whole(Tensors(base.tensors.shapes, kinds, read), base.config, base, list(named.values()), notes)
+
+
+def check_ranks(config: Any, adapters: dict[str, dict[str, str]], weights: Tensors, named: dict[str, str]) -> None:
+    """Compares the adapters' rank with what their configuration says.
+
+    Raises:
+        UserError: they differ.
+    """
+    for pieces in adapters.values():
+        for piece in ("lora_A.default.weight", "vera_lambda_d.default"):
+            shape = weights.shapes[named[pieces[piece]]] if piece in pieces else [config.r]
+            if shape[:1] != [config.r]:
+                raise UserError(
+                    "SRC",
+                    f"has {pieces[piece]} of shape {shape}, its rank is said to be {config.r}",
+                    "Give its own run.",
+                )
 
 
 def adapter_config(source: Source, context: Context, part: Part, modules: Iterable[str]) -> Any:

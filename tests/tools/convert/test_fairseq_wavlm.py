@@ -34,7 +34,12 @@ def test_layers_are_read_without_running_them() -> None:
     assert conv_layers("[(512,10,5)] + [(512,3,2)] * 4 + [(512,2,2)] * 2") == (
         [(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512, 2, 2)] * 2
     )
-    for harmful in ("__import__('os').getcwd()", "[open('/etc/passwd')]", "[(1,2,3)] * len('ab')"):
+    for harmful in (
+        "__import__('os').getcwd()",
+        "[open('/etc/passwd')]",
+        "[(1,2,3)] * len('ab')",
+        "[(1,2,3)] * 10000000000",
+    ):
         with pytest.raises(ValueError):
             conv_layers(harmful)
 
@@ -49,6 +54,9 @@ def test_what_is_refused(tmp_path: Path, refused: Callable[..., str]) -> None:
         ({"gru_rel_pos": False}, "no gated relative position bias"),
         ({"encoder_ffn_embed_dim": 30}, "its cfg says [30, 16]"),
         ({"activation_fn": "glu"}, "activation_fn glu"),
+        ({"encoder_layers": "many"}, "has a cfg that is not WavLM's"),
+        ({"encoder_layers": 10**9}, "Write at most 1000"),
+        ({"encoder_attention_heads": 3}, "makes no model"),
     ):
         torch.save({"cfg": {**good, **change}, "model": weights}, file)
         assert expected in refused(file, "wavlm")
