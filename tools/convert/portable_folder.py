@@ -89,7 +89,7 @@ def check_shapes(weights: Tensors, wanted: Tensors) -> None:
     Raises:
         UserError: one differs.
     """
-    for name in weights.shapes.keys() & wanted.shapes.keys():
+    for name in sorted(weights.shapes.keys() & wanted.shapes.keys()):
         if weights.shapes[name] != wanted.shapes[name]:
             raise UserError(
                 "SRC",
