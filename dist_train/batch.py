@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dist_train.audio import SAMPLE_RATE, AudioSettings
 from dist_train.llm import TextSettings
 from sharding.errors import UserError
+from sharding.shuffle import Window
 
 
 class BudgetSettings(BaseModel):
@@ -39,12 +42,59 @@ class BudgetSettings(BaseModel):
     )
 
 
+class SourceSettings(BaseModel):
+    """One of several datasets that are mixed."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    path: str = Field(description="Directory of shards.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Share of a training epoch, relative to the other weights. An epoch has as many clips as all "
+        "training splits together; a dataset that gives more than it has repeats clips, one that gives less goes on "
+        "with the others in the next epoch, so that all its clips are visited equally often.",
+    )
+    name: str | None = Field(
+        None, pattern="^[^/]+$", description="Stands before its keys: NAME/KEY. Default: the directory's name."
+    )
+
+    @property
+    def called(self) -> str:
+        """`name` or its default."""
+        return self.name or Path(self.path).resolve().name
+
+
 class DataSettings(BaseModel):
     """Where the clips are and how they are batched."""
 
     model_config = ConfigDict(extra="forbid")
 
-    path: str = Field(description="Directory of shards made by `dist-train shards make`.")
+    path: str | None = Field(
+        None, description="Directory of shards made by `dist-train shards make`. Of several: `data.sources`."
+    )
+    sources: list[SourceSettings] | None = Field(
+        None,
+        min_length=1,
+        description="Instead of `data.path`: several directories of shards, mixed by weight, e.g. "
+        "[{path: data/a, weight: 2}, {path: data/b}]. Validation and test take every clip of all of them once, "
+        "unweighted.",
+    )
+    shuffle: Literal["global", "windowed"] = Field(
+        "global",
+        description="Order of the training clips, a function of seed and epoch. `global`: any permutation; each clip "
+        "is one read at a random place, right for local disks. `windowed`: blocks of neighbours are permuted, then the "
+        "clips of some blocks together; bytes are read in the order of the disk, for cold network file systems.",
+    )
+    window: int = Field(
+        4096,
+        ge=1,
+        description="Shuffle `windowed`: clips that are permuted together. The page cache of a node should hold two "
+        "windows.",
+    )
+    block: int = Field(
+        128, ge=1, description="Shuffle `windowed`: clips that follow each other by key and are read in one go."
+    )
     batch: int = Field(
         96, ge=2, description="Clips per optimizer step over all ranks (at least 2: RNC compares clips)."
     )
@@ -54,6 +104,41 @@ class DataSettings(BaseModel):
     on_bad_sample: Literal["stop", "set_aside"] = Field(
         "stop", description="A damaged or oversized clip stops the run, or is set aside and counted."
     )
+
+    @property
+    def name(self) -> str:
+        """Where the clips come from, for messages and reports."""
+        if self.sources is None:
+            return str(self.path)
+        total = sum(source.weight for source in self.sources)
+        return " + ".join(f"{source.weight / total:.0%} {source.path}" for source in self.sources)
+
+    @property
+    def order_window(self) -> Window | None:
+        """Of a windowed order."""
+        return Window(self.window, self.block) if self.shuffle == "windowed" else None
+
+    def conflicts(self) -> Iterable[UserError]:
+        """Fields that are right by themselves and wrong together."""
+        if self.path is None and self.sources is None:
+            described = DataSettings.model_fields["path"].description
+            yield UserError("data.path", "is missing", f"Write data.path: {described}")
+        if self.path is not None and self.sources is not None:
+            yield UserError("data", "has both path and sources", "Put the path among the sources, or leave one out.")
+        if self.shuffle == "windowed" and self.window < self.block:
+            yield UserError(
+                "data.window",
+                f"is {self.window}, less than one data.block of {self.block}",
+                f"Write data.window: {32 * self.block}, or a smaller data.block.",
+            )
+        called = Counter(source.called for source in self.sources or ())
+        for name, count in called.items():
+            if count > 1:
+                yield UserError(
+                    "data.sources",
+                    f"holds {count} datasets called {name}",
+                    "Give all but one another name: of its own.",
+                )
 
 
 class Batch(TypedDict):

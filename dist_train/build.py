@@ -6,18 +6,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dist_train.adapters import cast_projections
-from dist_train.batch import Collator
+from dist_train.batch import Collator, DataSettings
 from dist_train.llm import load_tokenizer
 from dist_train.model import DoubleFlow
 from dist_train.optimizer import build_optimizer
 from dist_train.recipe import Recipe, Widths
 from dist_train.tokenizer import train_tokenizer
+from sharding.budget import Cost
 from sharding.errors import UserError
+from sharding.mix import MixedSplit, Part, mix_info
+from sharding.order import EpochPlan
 from sharding.shards import Dims, load_info
+from sharding.shuffle import Source
 from sharding.stream import ShardedSplit
 from sharding.zero import build_engine
 
@@ -28,26 +33,66 @@ def fit_to_dataset(recipe: Recipe) -> Recipe:
     Raises:
         UserError: a stream the recipe reads is not in the dataset at all.
     """
-    dims: Dims = load_info(Path(recipe.data.path)).dims
+    dims = dims_of(recipe.data)
     wants_waveform = recipe.audio.input == "waveform"
     if dims.audio is not None and (dims.audio == "waveform") != wants_waveform:
         has = "waveforms" if dims.audio == "waveform" else "audio features"
         raise UserError(
             "audio.input",
-            f"is {recipe.audio.input}, but {recipe.data.path} has {has}",
+            f"is {recipe.audio.input}, but {recipe.data.name} has {has}",
             f"Write audio.input: {'waveform' if dims.audio == 'waveform' else 'features'}.",
         )
     if recipe.text.input == "features" and dims.text is None:
-        raise UserError("text.input", f"is features, but {recipe.data.path} has none", "Write text.input: transcript.")
+        raise UserError("text.input", f"is features, but {recipe.data.name} has none", "Write text.input: transcript.")
     widths = Widths(
         audio=dims.audio if isinstance(dims.audio, int) else 1, text=dims.text or 1, vision=dims.vision or 1
     )
     return recipe.model_copy(update={"widths": widths})
 
 
+def parts_of(data: DataSettings) -> list[Part]:
+    """The datasets of a mix."""
+    return sorted(Part(source.called, Path(source.path), source.weight) for source in data.sources or ())
+
+
+def dims_of(data: DataSettings) -> Dims:
+    """Feature widths of the recipe's dataset or datasets.
+
+    Raises:
+        UserError, UserErrors: one cannot be opened, or they do not fit together.
+    """
+    return load_info(Path(data.path)).dims if data.path is not None else mix_info(parts_of(data)).dims
+
+
 def open_split(recipe: Recipe, name: str) -> ShardedSplit:
-    """One split of the recipe's dataset."""
-    return ShardedSplit(Path(recipe.data.path), name, recipe.data.on_bad_sample)
+    """One split of the recipe's dataset, or of its mix."""
+    data = recipe.data
+    if data.path is not None:
+        return ShardedSplit(Path(data.path), name, data.on_bad_sample)
+    return MixedSplit(parts_of(data), name, data.on_bad_sample)
+
+
+def training_plan(
+    recipe: Recipe, sources: tuple[Source, ...], world: int, epoch: int, costs: tuple[Cost, ...] = ()
+) -> EpochPlan:
+    """Order and cut of a training epoch.
+
+    Args:
+        sources: of the training split.
+        world: ranks.
+        costs: what a rank may hold at once (`costs.clip_costs`).
+    """
+    return EpochPlan(
+        sum(source.samples for source in sources),
+        recipe.data.batch,
+        recipe.training.accumulation,
+        world,
+        recipe.seed,
+        epoch,
+        costs=costs,
+        sources=sources,
+        window=recipe.data.order_window,
+    )
 
 
 def prepare_tokenizer(recipe: Recipe, directory: Path) -> None:
@@ -60,7 +105,7 @@ def prepare_tokenizer(recipe: Recipe, directory: Path) -> None:
         tokenizer: PreTrainedTokenizerBase = load_tokenizer(name, where)
     else:
         split = open_split(recipe, "train")
-        texts = (split[i]["text"] for i, count in enumerate(split.columns.text_characters) if count)
+        texts = (split[int(i)]["text"] for i in np.flatnonzero(split.columns.text_characters.filled()))
         tokenizer = train_tokenizer((text for text in texts if text), recipe.text.vocabulary)
     shutil.rmtree(directory, ignore_errors=True)
     try:

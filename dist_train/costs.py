@@ -9,6 +9,7 @@ from sharding.budget import Cost, oversized
 from sharding.errors import UserError
 from sharding.shards import Columns
 from sharding.stream import ShardedSplit
+from sharding.table import Table, filled
 
 CHARACTERS_PER_TOKEN = 3  # fewer than English has (about 4.5): an estimate on the safe side
 FRAMES_PER_SECOND = 50  # WavLM
@@ -20,18 +21,16 @@ def clip_costs(recipe: Recipe, split: ShardedSplit) -> tuple[Cost, ...]:
     Raises:
         UserError: a clip exceeds a limit by itself.
     """
-    budget = recipe.data.budget
+    budget = {name: limit for name, limit in recipe.data.budget.model_dump().items() if limit is not None}
+    if not budget:
+        return ()
     seconds = audio_seconds(recipe, split.columns)
     values = {
         "audio_seconds": (seconds, True),
         "squared_seconds": (seconds**2, True),
         "tokens": (tokens(recipe, split.columns, seconds), False),
     }
-    costs = tuple(
-        Cost(name, values[name][0], limit, padded=values[name][1])
-        for name, limit in budget.model_dump().items()
-        if limit is not None
-    )
+    costs = tuple(Cost(name, values[name][0], limit, padded=values[name][1]) for name, limit in budget.items())
     for cost, index in oversized(costs):
         need = cost.values[index]
         raise UserError(
@@ -43,20 +42,20 @@ def clip_costs(recipe: Recipe, split: ShardedSplit) -> tuple[Cost, ...]:
     return costs
 
 
-def audio_seconds(recipe: Recipe, columns: Columns) -> np.ndarray:
+def audio_seconds(recipe: Recipe, columns: Columns | Table) -> np.ndarray:
     """[n] seconds WavLM hears; what is absent or will be set aside counts as a frame."""
-    heard = np.array([seconds or 0.0 for seconds in columns.audio_seconds])
+    heard = filled(columns.audio_seconds)
     if recipe.audio.input == "features":
-        heard = np.array([(frames or 0) / FRAMES_PER_SECOND for frames in columns.audio_frames])
+        heard = filled(columns.audio_frames) / FRAMES_PER_SECOND
     elif recipe.data.on_bad_sample == "set_aside":
         heard[heard > recipe.audio.max_seconds] = 0.0
     return np.maximum(heard, 1 / FRAMES_PER_SECOND)
 
 
-def tokens(recipe: Recipe, columns: Columns, seconds: np.ndarray) -> np.ndarray:
+def tokens(recipe: Recipe, columns: Columns | Table, seconds: np.ndarray) -> np.ndarray:
     """[n] positions in the language model over both flows (estimated from characters)."""
     simulation = recipe.simulation
-    said = np.array([(count or 0) / CHARACTERS_PER_TOKEN for count in columns.text_characters])
+    said = filled(columns.text_characters) / CHARACTERS_PER_TOKEN
     said = np.minimum(said, recipe.text.max_tokens)
     real = 1 + said if recipe.text.input == "transcript" else np.zeros_like(said)
     if simulation.rollout == "none":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from sharding.errors import UserError
 SHOWN = 8  # keys named in the message
 
 
-def non_finite_loss(step: int, result: GlobalLoss, batches: list[Batch], keys: list[str]) -> UserError:
+def non_finite_loss(step: int, result: GlobalLoss, batches: list[Batch], keys: Sequence[str]) -> UserError:
     """The error for a loss over these micro-batches that is not finite (collective)."""
     terms = [name for name, term in result.terms.items() if not term.isfinite()] or ["their weighted sum"]
     rows = bad_rows([*result.rows.complete, *result.rows.missing, result.rows.asr])
@@ -23,7 +25,7 @@ def non_finite_loss(step: int, result: GlobalLoss, batches: list[Batch], keys: l
 
 
 def non_finite_gradient(
-    step: int, seen: list[tuple[Rows, list[Batch]]], settings: LossSettings, keys: list[str]
+    step: int, seen: list[tuple[Rows, list[Batch]]], settings: LossSettings, keys: Sequence[str]
 ) -> UserError:
     """The error for a gradient that is not finite although every loss is (collective).
 
@@ -71,7 +73,7 @@ def bad_rows(tensors: list[Tensor]) -> Tensor:
     ).any(0)
 
 
-def guilty_keys(rows: Tensor, batches: list[Batch], keys: list[str]) -> list[str]:
+def guilty_keys(rows: Tensor, batches: list[Batch], keys: Sequence[str]) -> list[str]:
     """Keys of the marked rows of these micro-batches; of all their clips where none stands out (collective)."""
     real = [index for batch in batches for index in batch["index"][batch["real"]].tolist()]
     names = [keys[index] for part in gather_objects(real) for index in part]

@@ -45,7 +45,7 @@ class Foresight:
         self, recipe: Recipe, tokenizer: Any, split: ShardedSplit, nodes: int, per_node: int, path: Path
     ) -> None:
         self.recipe, self.path, self.world = recipe, path, nodes * per_node
-        self.corpus = Corpus(split.columns, recipe.data.path)
+        self.corpus = Corpus(split.columns, recipe.data.name, split.sources)
         self.rates: FlopRates | None = None
         self.meter: Meter | None = None
         self.attempt(partial(self.foretell, tokenizer, PROFILES[here()], nodes, per_node))

@@ -359,7 +359,7 @@ def load_tokenizer(name: str, where: str = "text.tokenizer") -> PreTrainedTokeni
     """
     kind: Any = LlamaTokenizer if Path(name).is_file() else AutoTokenizer
     try:
-        tokenizer = kind.from_pretrained(name)
+        tokenizer = kind.from_pretrained(name, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise cannot_load(where, name, error) from None
     if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:

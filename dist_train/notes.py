@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from dist_train.build import open_split
 from dist_train.recipe import Recipe
+from sharding.shuffle import shares
 from sharding.stream import ShardedSplit
 
 SHOWN = 5  # set-aside clips named
@@ -50,13 +52,22 @@ def shortcomings(
     beaten = [flow for flow in ("complete", "missing") if scores[split][flow]["mae"] < floor]
     if not beaten and recipe.loss.compares_flows:
         notes.append(f"Neither flow beats the trivial answer, the median training label, on {split}.")
+    if len(train.sources) > 1:
+        counts = zip(train.sources, shares(train.sources), strict=True)
+        parts = [f"{n} of {one.name} ({n / one.samples:.2g} passes over its {one.samples})" for one, n in counts]
+        notes.append(f"An epoch of {len(train)} clips mixes {', '.join(parts)}.")
+    if recipe.data.order_window is not None and not train.columns.in_order:
+        notes.append(
+            "The tars are not in key order, so data.shuffle: windowed read at random: make the shards anew, or shuffle "
+            "globally."
+        )
     if set_aside:
         more = f" and {len(set_aside) - SHOWN} more" if len(set_aside) > SHOWN else ""
         notes.append(f"Training clips set aside: {'; '.join(one.rstrip('.') for one in set_aside[:SHOWN])}{more}.")
     return notes
 
 
-def column(recipe: Recipe, split: ShardedSplit, name: str) -> list[Any]:
+def column(recipe: Recipe, split: ShardedSplit, name: str) -> Sequence[float | int | None]:
     """Lengths of one modality as the recipe reads it, None where a clip lacks it."""
     columns = split.columns
     if name == "text":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -10,12 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_train.audio import SAMPLE_RATE
-from dist_train.build import fit_to_dataset, open_split
+from dist_train.build import fit_to_dataset, open_split, training_plan
 from dist_train.costs import audio_seconds, clip_costs, tokens
 from dist_train.plan_model import Clip
 from dist_train.recipe import Recipe, Widths
-from sharding.order import EpochPlan
 from sharding.shards import Columns
+from sharding.shuffle import Source
+from sharding.table import Table
 
 # CMU-MOSEI: number of training clips; log-normal lengths in seconds, clipped; English; one face vector per word.
 MOSEI_CLIPS, MOSEI_MEAN, MOSEI_SIGMA, MOSEI_BOUNDS = 16_326, 7.3, 0.6, (1.0, 60.0)
@@ -33,13 +35,15 @@ class Corpus:
     Args:
         columns: lengths of the clips, as the shards' index has them.
         source: for the report.
+        sources: what an epoch draws from.
     """
 
-    columns: Columns
+    columns: Columns | Table
     source: str
+    sources: tuple[Source, ...]
 
     @property
-    def keys(self) -> list[str]:
+    def keys(self) -> Sequence[str]:
         """Names of the clips."""
         return self.columns.key
 
@@ -75,15 +79,16 @@ def corpus_of(recipe: Recipe) -> tuple[Recipe, Corpus]:
     Raises:
         UserError: the dataset is there and does not fit the recipe.
     """
-    if (Path(recipe.data.path) / "dataset.json").is_file():
+    roots = [recipe.data.path] if recipe.data.sources is None else [source.path for source in recipe.data.sources]
+    if any((Path(root) / "dataset.json").is_file() for root in roots if root is not None):
         split = open_split(recipe, "train")
-        return fit_to_dataset(recipe), Corpus(split.columns, recipe.data.path)
+        return fit_to_dataset(recipe), Corpus(split.columns, recipe.data.name, split.sources)
     recipe = recipe.model_copy(update={"widths": Widths(**MOSEI_WIDTHS)})
     source = (
-        f"CMU-MOSEI as published ({recipe.data.path} is not there): {MOSEI_CLIPS} clips, log-normal lengths of "
+        f"CMU-MOSEI as published ({recipe.data.name} is not there): {MOSEI_CLIPS} clips, log-normal lengths of "
         f"{MOSEI_MEAN} s on average"
     )
-    return recipe, Corpus(mosei(recipe), source)
+    return recipe, Corpus(mosei(recipe), source, (Source(MOSEI_CLIPS),))
 
 
 def mosei(recipe: Recipe) -> Columns:
@@ -103,24 +108,24 @@ def mosei(recipe: Recipe) -> Columns:
     )
 
 
-def clip_of(recipe: Recipe, columns: Columns, index: int) -> Clip:
+def clip_of(recipe: Recipe, columns: Columns | Table, index: int) -> Clip:
     """Lengths of one clip as the model sees them; nothing is left of one that will be set aside."""
     too_long = recipe.audio.input == "waveform" and (columns.audio_seconds[index] or 0) > recipe.audio.max_seconds
     if too_long and recipe.data.on_bad_sample == "set_aside":
-        return Clip(0, 0, columns.vision_frames[index] or 0, 1)
+        return Clip(0, 0, int(columns.vision_frames[index] or 0), 1)
     if recipe.audio.input == "waveform":
         audio = round((columns.audio_seconds[index] or 0) * SAMPLE_RATE)
     else:
-        audio = columns.audio_frames[index] or 0
+        audio = int(columns.audio_frames[index] or 0)
     per_token = CHARACTERS_PER_TOKEN
     if recipe.text.pretrained is None and recipe.text.tokenizer is None and recipe.text.vocabulary <= SMALL_VOCABULARY:
         per_token = CHARACTERS_PER_SMALL_TOKEN
     said = round((columns.text_characters[index] or 0) / per_token)
     if recipe.text.input == "features":
-        text = columns.text_frames[index] or 0
+        text = int(columns.text_frames[index] or 0)
     else:
         text = min(said + 1, recipe.text.max_tokens) if said else 0
-    return Clip(audio, text, columns.vision_frames[index] or 0, min(said + 1, recipe.simulation.max_new_tokens))
+    return Clip(audio, text, int(columns.vision_frames[index] or 0), min(said + 1, recipe.simulation.max_new_tokens))
 
 
 def load_of(recipe: Recipe, corpus: Corpus, world: int) -> Load:
@@ -128,15 +133,7 @@ def load_of(recipe: Recipe, corpus: Corpus, world: int) -> Load:
     split: Any = corpus  # of a split, the costs need the index only
     seconds = audio_seconds(recipe, corpus.columns)
     words = tokens(recipe, corpus.columns, seconds)
-    plan = EpochPlan(
-        len(corpus.keys),
-        recipe.data.batch,
-        recipe.training.accumulation,
-        world,
-        recipe.seed,
-        epoch=0,
-        costs=clip_costs(recipe, split),
-    )
+    plan = training_plan(recipe, corpus.sources, world, epoch=0, costs=clip_costs(recipe, split))
     slots: dict[tuple[int, int, int], np.ndarray] = {}
     looked_at = min(plan.steps, LOOKED_AT)
     for step in range(looked_at):

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from dist_train.llm import load_tokenizer
-from dist_train.pretrained import LOAD_ERRORS
+from dist_train.pretrained import LOAD_ERRORS, layer_problems
 from dist_train.recipe import Recipe
 from sharding.errors import UserError
 
@@ -63,7 +63,7 @@ def stored_type(name: str) -> torch.dtype | None:
     if not Path(name).is_dir() and name in STORED:
         return STORED[name]
     try:
-        found = AutoConfig.from_pretrained(name, local_files_only=True).dtype
+        found = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False).dtype
     except LOAD_ERRORS:
         return None
     return found if isinstance(found, torch.dtype) else None
@@ -117,13 +117,15 @@ def configuration(name: str, where: str) -> tuple[dict[str, Any], list[str]]:
         raise UserError(
             where, f"has no configuration for {name!r} here or on the hub", "Give a local folder with its config.json."
         )
+    for problem in layer_problems(found, where):
+        raise problem
     return found, []
 
 
 def read_configuration(name: str, *, local: bool) -> dict[str, Any] | None:
     """What config.json says, or None."""
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(name, local_files_only=local)
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, local_files_only=local, trust_remote_code=False)
     except LOAD_ERRORS:
         return None
     fields = config.to_dict()

@@ -65,6 +65,7 @@ def memory_table(plan: Plan, predicted: Prediction) -> Table:
         made.add_row("on the host, per GPU", size(predicted.host_bytes))
     made.add_row("host memory of a node while models load", size(predicted.loading_bytes))
     made.add_row("a checkpoint on disk", size(predicted.checkpoint_bytes))
+    made.add_row("its copy on the host, per GPU", size(predicted.checkpoint_bytes / predicted.world))
     return made
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from sharding.errors import UserError
 
 WHERE_TO_FIND = "Give a local folder, or a hub id this machine can reach."
+MOST_LAYERS = 1000  # of a model; a configuration is a few bytes, and its layers are built one by one
 # What transformers raises for files that are absent, damaged, of another model, or in need of a missing package.
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError)
+LOAD_ERRORS = (
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
 
 
 def cannot_load(where: str, name: str, error: Exception) -> UserError:
@@ -51,7 +56,13 @@ def load_model(
     if quantization_config is not None:
         settings["quantization_config"] = quantization_config
     try:
-        model, loaded = kind.from_pretrained(name, output_loading_info=True, dtype=dtype, **settings)
+        too_deep = next(layer_problems(PretrainedConfig.get_config_dict(name)[0], where), None)
+        if too_deep is not None:
+            raise too_deep
+        # Code that a folder brings along is never run; of pickled weights transformers reads tensors only.
+        model, loaded = kind.from_pretrained(
+            name, output_loading_info=True, dtype=dtype, trust_remote_code=False, **settings
+        )
     except LOAD_ERRORS as error:
         raise cannot_load(where, name, error) from None
     absent = sorted(loaded["missing_keys"])
@@ -82,7 +93,9 @@ def config_problems(
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         remedy = f"Did you mean {where}.{near[0]}?" if near else f"See the fields of transformers.{config.__name__}."
         yield UserError(f"{where}.{name}", f"is not a field of {config.__name__}", remedy)
-    if unknown:
+    too_deep = list(layer_problems(fields, where))
+    yield from too_deep
+    if unknown or too_deep:
         return
     try:
         with torch.device("meta"), torch.no_grad():
@@ -90,3 +103,10 @@ def config_problems(
     except Exception as error:  # whatever it raises, the fields are to blame
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         yield UserError(where, f"does not make a working model ({reason})", f"See transformers.{config.__name__}.")
+
+
+def layer_problems(fields: Mapping[str, Any], where: str) -> Iterator[UserError]:
+    """Numbers of layers that would take hours to build."""
+    for name, value in fields.items():
+        if "layers" in name and isinstance(value, int | float) and not value <= MOST_LAYERS:
+            yield UserError(f"{where}.{name}", f"is {value:g}", f"Write at most {MOST_LAYERS}.")

@@ -55,6 +55,8 @@ def load_projector(projector: Projector, name: str) -> None:
     for own, parameter in projector.named_parameters():
         if own not in found:
             raise UserError("simulation.projector", f"{path} holds no weights *projector.{own}", REMEDY)
+        if found[own].layout != torch.strided or found[own].is_meta or found[own].is_quantized:
+            raise UserError("simulation.projector", f"{path} has values in {own} that are no plain numbers", REMEDY)
         if found[own].shape != parameter.shape:
             raise UserError(
                 "simulation.projector",
@@ -85,10 +87,25 @@ def projector_weights(path: Path) -> dict[str, Tensor]:
                 return {own: file.get_tensor(key) for key in file.keys() if (own := own_name(key))}  # noqa: SIM118
         if not zipfile.is_zipfile(path):
             raise ValueError("it is no file of torch.save")
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("it is compressed, which torch.save never does: it may hold any size")
         held = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         held = held.get("model", held) if isinstance(held, dict) else {}
         return {own: value for key, value in held.items() if isinstance(value, Tensor) and (own := own_name(key))}
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        EOFError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+        SafetensorError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+    ) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError("simulation.projector", f"{path} cannot be read ({reason})", REMEDY) from None
 

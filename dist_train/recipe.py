@@ -97,7 +97,7 @@ class Recipe(BaseModel):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Arithmetic; masters, losses and softmax over time are fp32."
     )
-    data: DataSettings
+    data: DataSettings = Field(default_factory=DataSettings)
     widths: Widths = Field(default_factory=Widths, description="Filled in from the dataset.")
     audio: AudioSettings = Field(default_factory=AudioSettings)
     text: TextSettings = Field(default_factory=TextSettings)
@@ -118,6 +118,7 @@ class Recipe(BaseModel):
 
     def conflicts(self) -> Iterable[UserError]:
         """Fields that are right by themselves and wrong together."""
+        yield from self.data.conflicts()
         if self.audio.input == "waveform" and (self.audio.pretrained is None) == (self.audio.config is None):
             yield UserError(
                 "audio",
@@ -260,15 +261,17 @@ def kinds(schema: dict[str, Any]) -> set[str]:
 
 
 def without(values: dict[str, Any], places: Iterable[Sequence[int | str]]) -> dict[str, Any]:
-    """A copy of nested dicts less the named places; the data path is kept present."""
+    """A copy of nested dicts less the named places; of one inside a list, less the list."""
     kept = copy.deepcopy(values)
     for place in places:
         inner: Any = kept
-        for key in place[:-1]:
-            inner = inner.get(key) if isinstance(inner, dict) else None
-        if isinstance(inner, dict) and place:
-            inner.pop(place[-1], None)
-    kept.setdefault("data", {}).setdefault("path", "?")
+        for depth, key in enumerate(place):
+            if not isinstance(inner, dict):
+                break
+            if depth == len(place) - 1 or isinstance(inner.get(key), list):
+                inner.pop(key, None)
+                break
+            inner = inner.get(key)
     return kept
 
 
@@ -294,14 +297,21 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def locate(loc: Iterable[int | str]) -> tuple[list[str], dict[str, Any]]:
-    """The key of the recipe that contains `loc` (pydantic also counts list items and alternatives), and its schema."""
+    """The key of the recipe that contains `loc` (pydantic also counts list items and alternatives), and its schema.
+
+    An item of a list counts as a key by its number where it is a section, as in data.sources.0.path.
+    """
     place: list[str] = []
     schema = recipe_schema()
     for part in loc:
-        if part not in schema.get("properties", {}):
+        sections = [found for found in schema.get("anyOf", [schema]) if "$ref" in found.get("items", {})]
+        if sections and str(part).isdigit():
+            schema = sections[0]["items"]
+        elif part in schema.get("properties", {}):
+            schema = schema["properties"][part]
+        else:
             break
         place.append(str(part))
-        schema = schema["properties"][part]
         if "$ref" in schema:
             schema = recipe_schema()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
     return place, schema
@@ -332,9 +342,10 @@ def expected(schema: dict[str, Any]) -> str:
         return f"a list of at least {schema.get('minItems', 0)} values, each {expected(schema['items'])}"
     words = {"integer": "a whole number", "number": "a number", "string": "text", "boolean": "true or false"}
     words |= {"null": "null", "object": "a mapping of keys to values"}
+    kind = schema.get("type", "object")  # a list's section is a reference
     bounds = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
     limits = " and ".join(f"{sign} {schema[bound]:g}" for bound, sign in bounds.items() if bound in schema)
-    return f"{words[schema['type']]}, {limits}" if limits else words[schema["type"]]
+    return f"{words[kind]}, {limits}" if limits else words[kind]
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

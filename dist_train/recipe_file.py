@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sharding.errors import UserError
+from sharding.files import MOST_YAML, read_bounded
+from sharding.plain_yaml import MOST_DEPTH, check_yaml
+
+MOST_REFERENCES = 16  # ${…}: each may copy what others have copied, so that 80 in a row fill any memory
+EXAMPLE = "Give the path of a recipe such as recipes/quickstart.yaml."
+# A recipe refers to its own keys alone: it may come from anywhere, and what it resolves to is printed and kept.
+for resolver in ("oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values", "oc.env", "oc.select"):
+    OmegaConf.clear_resolver(resolver)
 
 
 def read_values(path: Path, overrides: Iterable[str] = ()) -> tuple[Any, list[UserError]]:
@@ -25,10 +34,13 @@ def read_values(path: Path, overrides: Iterable[str] = ()) -> tuple[Any, list[Us
     """
     config, errors = read(path), []
     for text in overrides:
-        key, equals, _ = text.partition("=")
+        key, equals, value = text.partition("=")
         try:
             if not equals or not all(key.split(".")):
                 raise ValueError("it is not key=value")
+            if len(re.split(r"[.\[]", key)) > MOST_DEPTH:
+                raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
+            check(value)
             config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, LookupError) as error:
             remedy = "Write key=value, e.g. training.epochs=3; the value is YAML."
@@ -45,16 +57,28 @@ def read(path: Path) -> Any:
     Raises:
         UserError: there is none.
     """
-    example = "Give the path of a recipe such as recipes/quickstart.yaml."
     try:
-        values = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        text = read_bounded(path, MOST_YAML, EXAMPLE).decode()
+        check(text)
+        values = OmegaConf.load(io.StringIO(text))
+    except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
         raise UserError(str(path), f"is not YAML ({one_line(error)})", "Correct the file at that place.") from None
     except OSError as error:
-        raise UserError(str(path), f"cannot be read ({error.strerror or one_line(error)})", example) from None
+        raise UserError(str(path), f"cannot be read ({error.strerror or one_line(error)})", EXAMPLE) from None
     if not OmegaConf.is_dict(values):
-        raise UserError(str(path), "is not a mapping of keys to values", example)
+        raise UserError(str(path), "is not a mapping of keys to values", EXAMPLE)
     return values
+
+
+def check(text: str) -> None:
+    """Refuses YAML that stands for too much.
+
+    Raises:
+        yaml.YAMLError: it does.
+    """
+    references = sum(len(re.findall(r"(?<!\\)(?:\\\\)*\$\{", scalar)) for scalar in check_yaml(text))
+    if references > MOST_REFERENCES:
+        raise yaml.YAMLError(f"it uses ${{…}} {references} times, at most {MOST_REFERENCES} are looked up")
 
 
 def one_line(error: Exception) -> str:
@@ -62,12 +86,21 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+class _Quoting(yaml.SafeDumper):
+    """Quotes text such as 1e5 too, which OmegaConf takes for a number and PyYAML does not."""
+
+
+_Quoting.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
 def write_values(values: Any, path: Path) -> None:
     """Writes plain values so that `read_values` reads back the same."""
     plain = escaped(values)
-    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(plain, Dumper=_Quoting, sort_keys=False, allow_unicode=True)
     if yaml.safe_load(text) != plain:  # some characters count as line breaks: written as escapes
-        text = yaml.safe_dump(plain, sort_keys=False)
+        text = yaml.dump(plain, Dumper=_Quoting, sort_keys=False)
     path.write_text(text, encoding="utf-8")
 
 

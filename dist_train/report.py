@@ -15,8 +15,9 @@ import yaml
 
 from dist_train import figures
 from dist_train.figures import Draw
+from dist_train.run_directory import refuse_links
 from dist_train.run_record import FLOWS, SPLITS, Run, number, read_run
-from sharding.errors import UserError
+from sharding.errors import UserError, plain
 
 METRICS = {
     "mae": ("MAE (label units)", "lower is better"),
@@ -29,6 +30,7 @@ METRICS = {
 }
 # arXiv 2410.15029, Table II: CMU-MOSEI test MAE. Other corpora have other labels and are not comparable.
 MOSEI_PUBLISHED = {"complete": 0.506, "missing": 0.550}
+MOST_NAMES = 40  # of loss terms, phases and parts of memory that are drawn; a run has up to 15
 
 
 class Plot(NamedTuple):
@@ -49,6 +51,7 @@ def write_report(run: Path) -> Path:
         UserError: `run` is not a run directory, or cannot be written to.
     """
     record = read_run(run)
+    refuse_links(run)
     plots = list(plan_plots(record))
     try:
         (run / "figures").mkdir(exist_ok=True)
@@ -77,9 +80,8 @@ def plan_plots(run: Run) -> Iterator[Plot]:
     yield from _plots_predictions(run)
     absent = "No training step was logged."
     step = run.column("step")
-    terms = {
-        name: run.column(name) for name in dict.fromkeys(k for r in run.steps for k in r) if name.startswith("loss")
-    }
+    named = [name for name in dict.fromkeys(k for r in run.steps for k in r) if name.startswith("loss")]
+    terms = {_label(name): run.column(name) for name in named[:MOST_NAMES]}
     terms = {name: values for name, values in terms.items() if np.isfinite(values).any()}
     yield Plot(
         "losses",
@@ -297,8 +299,14 @@ def _get(record: Any, *keys: str) -> Any:
 def _numbers(record: Any, key: str) -> dict[str, float]:
     """A mapping of names to finite numbers; what is none is left out."""
     found = _get(record, key)
-    values = {str(name): number(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    pairs = list(found.items())[:MOST_NAMES] if isinstance(found, dict) else []
+    values = {_label(str(name)): number(value) for name, value in pairs}
     return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def _label(name: str) -> str:
+    """A name out of a file as text of a figure: matplotlib reads what stands between dollars as TeX."""
+    return plain(name).replace("$", r"\$")
 
 
 def _show(value: float, form: str, absent: str = "–") -> str:

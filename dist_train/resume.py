@@ -27,14 +27,14 @@ SAME_UPDATE = {"adamw", "adamw_8bit"}  # but for the rounding of the moments
 
 
 def check_same(before: Recipe, now: Recipe) -> None:
-    """Refuses to resume under a recipe that would train something else. That `data.path` holds the same clips is
+    """Refuses to resume under a recipe that would train something else. That the dataset holds the same clips is
     checked by `continue_from`.
 
     Raises:
         UserErrors: each key that differs.
     """
     old, new = flat(before.model_dump(mode="json")), flat(now.model_dump(mode="json"))
-    free = (*FREE, "data.path", *(LAYOUT if now.training.accumulated_loss == "exact" else ()))
+    free = (*FREE, "data.path", "data.sources", *(LAYOUT if now.training.accumulated_loss == "exact" else ()))
     if {before.optimizer.name, now.optimizer.name} == SAME_UPDATE:
         free += ("optimizer.name",)
     errors = [
@@ -65,11 +65,12 @@ def continue_from(run: RunDirectory, recipe: Recipe) -> None:
     """
     newest = newest_whole(run.checkpoints)
     state = read_run_state(newest.checkpoint)
-    if open_split(recipe, "train").info.content_hash != state.content_hash:
+    now = open_split(recipe, "train").info.content_hash
+    if now != state.content_hash:
         raise UserError(
-            "data.path",
-            f"is {recipe.data.path}, which holds other clips than the run was started with",
-            "Give the shards of before; how they are cut does not matter.",
+            str(newest.checkpoint.directory),
+            f"was trained on other clips ({state.content_hash[:12]}) than the dataset holds now ({now[:12]})",
+            "Resume with the run's clips (in any tars), or start a new run.",
         )
     console = Console()
     for error in newest.errors:

@@ -95,6 +95,7 @@ class RunDirectory:
             raise UserError(
                 str(self.path), "is not a run directory (no recipe.yaml)", "Give the --output of `dist-train train`."
             )
+        refuse_links(self.path)
 
     def log(self, row: dict[str, Any]) -> None:
         """Appends one line to metrics.jsonl.
@@ -144,11 +145,34 @@ class RunDirectory:
             raise UserError(str(self.environment), problem, "Put the run's own file back, or start anew.") from None
 
 
+def refuse_links(path: Path) -> None:
+    """Refuses a run directory through which something outside would be written over. That all checkpoints lie on
+    another disk, by a link, is usual.
+
+    Raises:
+        UserError: names the link.
+    """
+    inside, stored = path.resolve(), path / "checkpoints"
+    for entry in sorted((*path.glob("*"), *path.glob("*/*"))):
+        try:
+            places = (inside, stored.resolve())
+            leads_out = entry.is_symlink() and not any(map(entry.resolve().is_relative_to, places))
+            leads_out = leads_out and not (entry == stored and entry.is_dir())
+        except RuntimeError:  # links in a circle
+            leads_out = True
+        if leads_out:
+            raise UserError(
+                str(entry),
+                "is a link that leads out of the run directory",
+                "Put there what it names, or link the whole run directory.",
+            )
+
+
 def step_of(row: str) -> float:
-    """Step of a line of metrics.jsonl; infinite for a line that is not whole."""
+    """Step of a line of metrics.jsonl; infinite for a line that is not whole, or no record."""
     try:
-        return json.loads(row)["step"]
-    except ValueError:
+        return float(json.loads(row)["step"])
+    except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return math.inf
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import re
@@ -13,12 +14,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from sharding.errors import UserError
+from sharding.files import MOST_JSON, MOST_YAML, read_bounded
+from sharding.plain_yaml import MOST_DEPTH, check_yaml
 
 FLOWS = ("complete", "missing")
 MARKS = ("recipe.yaml", "metrics.jsonl", "summary.json")
+MOST_RECORD = 1 << 24  # bytes of a summary or of representations; a run writes some kB of them
+MOST_CLIPS = 1000  # whose distances to each other are drawn; a run keeps 96
+LEAVE_OUT = "Left out"
 SPLITS = ("test", "valid")  # what is shown of a run, best first
 
 
@@ -81,7 +87,7 @@ def read_run(path: Path) -> Run:
             "Give the --output directory of a training run.",
         )
     run = Run(path)
-    run.recipe = _mapping(run, "recipe.yaml", yaml.safe_load)
+    run.recipe = _mapping(run, "recipe.yaml", _load_yaml)
     run.environment = _mapping(run, "environment.json", json.loads)
     run.summary = _mapping(run, "summary.json", json.loads)
     run.plan = _mapping(run, "plan.json", json.loads)
@@ -107,8 +113,8 @@ def number(value: Any) -> float:
 
 def _read_metrics(run: Run) -> None:
     try:
-        text = (run.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        text = read_bounded(run.path / "metrics.jsonl", MOST_JSON, LEAVE_OUT).decode(errors="replace")
+    except (OSError, UserError):
         run.problems.append("metrics.jsonl is absent or unreadable.")
         return
     steps: dict[float, dict[str, Any]] = {}
@@ -136,9 +142,9 @@ def _read_predictions(run: Run, split: str) -> Predictions | None:
     if not path.is_file():
         return None
     try:
-        with path.open(newline="", encoding="utf-8", errors="replace") as file:
-            rows = [[number(row.get(name)) for name in ("label", *FLOWS)] for row in csv.DictReader(file)]
-    except (OSError, csv.Error) as error:
+        file = io.StringIO(read_bounded(path, MOST_JSON, LEAVE_OUT).decode(errors="replace"), newline="")
+        rows = [[number(row.get(name)) for name in ("label", *FLOWS)] for row in csv.DictReader(file)]
+    except (OSError, UserError, csv.Error) as error:
         run.problems.append(f"{path.name} cannot be read: {error}.")
         return None
     table = np.array(rows, dtype=np.float64).reshape(-1, 3)
@@ -154,15 +160,18 @@ def _read_representations(run: Run, split: str) -> Representations | None:
     if not path.is_file():
         return None
     try:
-        tensors = load_file(path)
+        tensors = load(read_bounded(path, MOST_RECORD, LEAVE_OUT))
         complete, missing, label = tensors["complete"], tensors["missing"], tensors["label"]
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, UserError, SafetensorError, KeyError, TypeError, ValueError) as error:
         run.problems.append(f"{path.name} cannot be read: {error}.")
         return None
     if complete.ndim != 2 or complete.shape != missing.shape or label.shape != complete.shape[:1] or not label.size:
         run.problems.append(
             f"{path.name}: shapes {complete.shape}, {missing.shape}, {label.shape} do not fit together."
         )
+        return None
+    if len(label) > MOST_CLIPS:
+        run.problems.append(f"{path.name}: {len(label)} clips are too many to draw and left out.")
         return None
     good = np.isfinite(complete).all(1) & np.isfinite(missing).all(1) & np.isfinite(label)
     if not good.all():
@@ -176,10 +185,25 @@ def _mapping(run: Run, name: str, parse: Any) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = parse(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        content = parse(read_bounded(path, MOST_RECORD, LEAVE_OUT).decode())
+        if deeper(content, MOST_DEPTH):
+            content = None
+    except (OSError, UserError, ValueError, yaml.YAMLError, RecursionError):
         content = None
     if isinstance(content, dict):
         return content
     run.problems.append(f"{name} is damaged and was left out.")
     return {}
+
+
+def _load_yaml(text: str) -> Any:
+    if len(text) > MOST_YAML:
+        raise ValueError("too long")
+    check_yaml(text)
+    return yaml.safe_load(text)
+
+
+def deeper(content: Any, depth: int) -> bool:
+    """Whether mappings and lists are nested more than `depth` deep."""
+    inner = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return bool(inner) and (depth == 0 or any(deeper(part, depth - 1) for part in inner))

@@ -74,7 +74,7 @@ class Stepper:
         settings: LossSettings,
         *,
         exact: bool,
-        keys: list[str],
+        keys: Sequence[str],
         seed: int,
         agreement: Agreement,
         census: Census,

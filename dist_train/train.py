@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from dist_train.build import build_collator, build_model, build_training, open_split
+from dist_train.build import build_collator, build_model, build_training, open_split, training_plan
 from dist_train.costs import clip_costs
 from dist_train.evaluate import evaluate_checkpoint, find_checkpoint, judged, predict, same_bases, score
 from dist_train.foresight import MEASURED, Foresight, grid
@@ -125,16 +125,7 @@ class Trainer:
 
     def plan(self, epoch: int) -> EpochPlan:
         """Order and cut of an epoch."""
-        recipe = self.recipe
-        return EpochPlan(
-            len(self.train_split),
-            recipe.data.batch,
-            recipe.training.accumulation,
-            self.world,
-            recipe.seed,
-            epoch,
-            costs=self.costs,
-        )
+        return training_plan(self.recipe, self.train_split.sources, self.world, epoch, self.costs)
 
     @property
     def total_steps(self) -> int:

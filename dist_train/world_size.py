@@ -20,21 +20,25 @@ def foresee(recipe: Path, overrides: Sequence[str], ranks: int) -> None:
     values, _ = read_values(recipe, overrides)
     try:
         data, training = values["data"], values.get("training") or {}
-        clips = load_info(Path(data["path"])).splits["train"].samples
+        roots = [source["path"] for source in data.get("sources") or ()] or [data["path"]]
+        splits = [load_info(Path(root)).splits for root in roots]
+        clips = sum(found["train"].samples for found in splits if "train" in found)
         batch, accumulation = data.get("batch"), training.get("accumulation", 1)
     except (UserError, LookupError, TypeError, AttributeError):
         return
     known = type(batch) is int and type(accumulation) is int
     check_world_size(
-        data["path"], clips, ranks, batch=batch if known else None, accumulation=accumulation if known else 1
+        data.get("path"), clips, ranks, batch=batch if known else None, accumulation=accumulation if known else 1
     )
 
 
-def check_world_size(path: str, clips: int, ranks: int, *, batch: int | None = None, accumulation: int = 1) -> None:
+def check_world_size(
+    path: str | None, clips: int, ranks: int, *, batch: int | None = None, accumulation: int = 1
+) -> None:
     """Refuses data that cannot feed every rank.
 
     Args:
-        path: of the dataset.
+        path: of the dataset; None: `data.sources`.
         clips: in its training split.
         batch: clips per optimizer step over all ranks; None if not known.
         accumulation: micro-steps per optimizer step.
@@ -43,7 +47,9 @@ def check_world_size(path: str, clips: int, ranks: int, *, batch: int | None = N
         UserError: fewer clips, or a smaller batch, than there are places to fill.
     """
     if clips < ranks:
-        raise UserError(path, f"has {clips} training clips for {ranks} ranks", f"Use at most {clips} ranks.")
+        raise UserError(
+            path or "data.sources", f"has {clips} training clips for {ranks} ranks", f"Use at most {clips} ranks."
+        )
     if batch is not None and batch < ranks * accumulation:
         raise UserError(
             "data.batch",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST = 500  # characters of a part of a message: names out of foreign files may have megabytes
+
 
 class UserError(Exception):
     """A mistake in the user's input. The command line prints it as one line on stderr and exits with code 2.
@@ -18,7 +20,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         end = "" if self.remedy.endswith((".", "?", "!", ")")) else "."
-        return f"{self.where}: {self.problem}. {self.remedy}{end}"
+        return f"{plain(self.where)}: {plain(self.problem)}. {plain(self.remedy)}{end}"
 
 
 class UserErrors(Exception):
@@ -30,3 +32,9 @@ class UserErrors(Exception):
 
     def __str__(self) -> str:
         return "\n".join(str(error) for error in self.errors)
+
+
+def plain(text: str) -> str:
+    """Text out of foreign files as one line to print: what would move the cursor or begin a line is escaped."""
+    text = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -12,6 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sharding.errors import UserError, UserErrors
+from sharding.files import MOST_YAML, read_bounded
+from sharding.plain_yaml import check_yaml
 from sharding.plan_trace import Work
 
 GIB = 2**30
@@ -94,8 +96,10 @@ def load_hardware(name: str) -> Hardware:
         return PROFILES[name]
     path = Path(name)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = read_bounded(path, MOST_YAML, "Give a YAML file.").decode()
+        check_yaml(text)
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
             "--hardware", f"{name} is no profile ({', '.join(PROFILES)}) and cannot be read as YAML ({reason})",
@@ -104,7 +108,7 @@ def load_hardware(name: str) -> Hardware:
     if not isinstance(values, dict):
         raise UserError("--hardware", f"{name} is not a mapping of fields to values", "Write e.g. like: h100.")
     like = values.pop("like", None)
-    if like is not None and like not in PROFILES:
+    if like is not None and not (isinstance(like, str) and like in PROFILES):
         raise UserError(f"{name}: like", f"cannot be {like!r}", f"Write one of {', '.join(PROFILES)}.")
     base = PROFILES[like].model_dump() if like else {}
     try:

@@ -9,31 +9,9 @@ from functools import cached_property
 import numpy as np
 
 from sharding.budget import Cost, Layout, cheapest, compose
+from sharding.shuffle import Source, Window, epoch_order
 
 _KEPT_LAYOUTS = 64  # steps; the loader asks for each several times
-
-
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """The order in which epoch `epoch` visits the samples 0 … n-1 (positions in the key-sorted split).
-
-    Sorts the raw 64-bit stream of Philox4x64 keyed by (seed, epoch). NumPy guarantees raw bit streams across versions,
-    which it does not for `Generator.permutation` (NEP 19), so an old run can be continued under a new NumPy.
-
-    Args:
-        n: number of samples.
-        seed: 0 … 2^64-1.
-        epoch: 0 … 2^64-1.
-
-    Returns:
-        int64 [n], each index once.
-
-    Raises:
-        ValueError: n, seed or epoch is negative or beyond 64 bits.
-    """
-    if n < 0 or not 0 <= seed < 2**64 or not 0 <= epoch < 2**64:
-        raise ValueError(f"n, seed and epoch must lie in 0 … 2^64-1, got {n}, {seed}, {epoch}")
-    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(n)
-    return np.argsort(bits, kind="stable").astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -53,11 +31,13 @@ class EpochPlan:
         world_size: ranks, >= 1.
         seed: order seed.
         epoch: epoch number, from 0.
-        shuffle: False visits the samples in key order (evaluation).
+        shuffle: False visits the samples in key order, each once (evaluation).
         costs: what a slot may hold at most.
+        sources: the datasets of a mix (see `shuffle.epoch_order`); none: one dataset.
+        window: shuffles within windows; None: globally.
 
     Raises:
-        ValueError: a size is below 1.
+        ValueError: a size is below 1, or the sources have another number of samples.
     """
 
     samples: int
@@ -68,16 +48,23 @@ class EpochPlan:
     epoch: int
     shuffle: bool = True
     costs: tuple[Cost, ...] = ()
+    sources: tuple[Source, ...] = ()
+    window: Window | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "global_batch", "accumulation", "world_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        total = sum(source.samples for source in self.sources)
+        if self.sources and total != self.samples:
+            raise ValueError(f"the sources have {total} samples, not {self.samples}")
 
     @cached_property
     def order(self) -> np.ndarray:
         """int64 [samples]: the order of this epoch."""
-        return permutation(self.samples, self.seed, self.epoch) if self.shuffle else np.arange(self.samples)
+        if not self.shuffle:
+            return np.arange(self.samples)
+        return epoch_order(self.sources or (Source(self.samples),), self.seed, self.epoch, self.window)
 
     @property
     def steps(self) -> int:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sharding.errors import UserError
+from sharding.files import MOST_JSON, read_bounded
 
 FORMAT = "dist-train-checkpoint/1"
 STATE, MANIFEST = "state.json", "manifest.json"
@@ -116,7 +117,7 @@ def read_manifest(directory: Path) -> Manifest:
         UserError: there is none that is valid, or it lists no weights.
     """
     try:
-        manifest = Manifest.model_validate_json((directory / MANIFEST).read_bytes())
+        manifest = Manifest.model_validate_json(read_bounded(directory / MANIFEST, MOST_JSON, ANOTHER))
         missing = {STATE, *(kind for kind in get_args(Kind))} - {name.split("-")[0] for name in manifest.files}
         reason = f"it lists no {min(missing)}" if missing else None
     except OSError as error:
@@ -139,7 +140,10 @@ def check_file(path: Path, entry: Entry, *, checksums: bool) -> None:
         UserError: it differs.
     """
     try:
-        whole = path.stat().st_size == entry.bytes and (not checksums or digest(path) == entry.sha256)
+        # A device or a FIFO has 0 bytes by its entry and no end.
+        whole = (
+            path.is_file() and path.stat().st_size == entry.bytes and (not checksums or digest(path) == entry.sha256)
+        )
     except OSError:
         whole = False
     if not whole:
@@ -153,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: it does not.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_bounded(path, MOST_JSON, ANOTHER))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(str(path), f"cannot be read ({error})", ANOTHER) from None
     if not isinstance(value, dict):

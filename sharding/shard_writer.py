@@ -35,6 +35,7 @@ from sharding.shards import (
     SplitInfo,
     content_hash,
 )
+from sharding.table import write_columns
 
 _END_OF_ARCHIVE = bytes(2 * tarfile.BLOCKSIZE)
 
@@ -91,13 +92,23 @@ def pack_sample(
         "size": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "label": float(label),
+        **lengths(audio, text, text_features, vision),
+    }
+    return PackedSample(data, row)
+
+
+def lengths(
+    audio: np.ndarray | None, text: str | None, text_features: np.ndarray | None, vision: np.ndarray | None
+) -> dict[str, float | int | None]:
+    """What the index says of a sample's lengths: see `Columns`."""
+    waveform = audio is not None and audio.ndim == 1
+    return {
         "audio_seconds": len(audio) / SAMPLE_RATE if audio is not None and waveform else None,
         "audio_frames": len(audio) if audio is not None and not waveform else None,
         "text_characters": None if text is None else len(text),
         "text_frames": None if text_features is None else len(text_features),
         "vision_frames": None if vision is None else len(vision),
     }
-    return PackedSample(data, row)
 
 
 def _encode_wav(waveform: np.ndarray | None) -> bytes:
@@ -147,7 +158,7 @@ class DatasetWriter:
         self._label_range, self._samples_per_shard = label_range, samples_per_shard
         self._open: dict[Split, _OpenShard] = {}
         self._entries: dict[Split, list[ShardEntry]] = {}
-        self._columns: dict[Split, Columns] = {}
+        self._indexes: dict[Split, list[ShardIndex]] = {}
         self._files = ExitStack()
 
     def add(self, split: Split, sample: PackedSample) -> None:
@@ -168,13 +179,18 @@ class DatasetWriter:
         for shard in self._open.values():
             self._end_shard(shard)
         self._open.clear()
+        for split, indexes in self._indexes.items():
+            write_columns(self._directory, split, indexes)
         info = DatasetInfo(
-            splits={split: self._split_info(split) for split in SPLITS if split in self._columns},
+            splits={split: self._split_info(split) for split in SPLITS if split in self._indexes},
             dims=self._dims,
             label_range=self._label_range,
             set_aside=self.set_aside,
             content_hash=content_hash(
-                (split, *pair) for split, c in self._columns.items() for pair in zip(c.key, c.sha256, strict=True)
+                (split, *pair)
+                for split, indexes in self._indexes.items()
+                for index in indexes
+                for pair in zip(index.columns.key, index.columns.sha256, strict=True)
             ),
         )
         _write_synced(self._directory / "dataset.json", info.model_dump_json(indent=1))
@@ -202,23 +218,21 @@ class DatasetWriter:
         _write_synced(self._directory / f"{shard.name}.index.json", index.model_dump_json())
         entry = ShardEntry(file=shard.name, samples=len(columns.key), bytes=shard.size, sha256=sha256)
         self._entries.setdefault(split, []).append(entry)
-        total = self._columns.setdefault(split, Columns())
-        for name in Columns.model_fields:
-            getattr(total, name).extend(getattr(columns, name))
+        self._indexes.setdefault(split, []).append(index)
 
     def _split_info(self, split: Split) -> SplitInfo:
-        c = self._columns[split]
-        audio = zip(c.audio_seconds, c.audio_frames, strict=True)
-        text = zip(c.text_characters, c.text_frames, strict=True)
+        c = {name: [v for x in self._indexes[split] for v in getattr(x.columns, name)] for name in Columns.model_fields}
+        audio = zip(c["audio_seconds"], c["audio_frames"], strict=True)
+        text = zip(c["text_characters"], c["text_frames"], strict=True)
         return SplitInfo(
             shards=self._entries[split],
-            samples=len(c.key),
-            seconds=sum(s or 0.0 for s in c.audio_seconds),
-            labels=_label_statistics(c.label, self._label_range),
+            samples=len(c["key"]),
+            seconds=sum(s or 0.0 for s in c["audio_seconds"]),
+            labels=_label_statistics(c["label"], self._label_range),
             missing={
                 "audio": sum(pair == (None, None) for pair in audio),
                 "text": sum(pair == (None, None) for pair in text),
-                "vision": sum(frames is None for frames in c.vision_frames),
+                "vision": sum(frames is None for frames in c["vision_frames"]),
             },
         )
 

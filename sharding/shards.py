@@ -1,6 +1,12 @@
 """The on-disk corpus: plain WebDataset tars, an index beside each, one dataset.json.
 
-`shard_writer` writes it; here are its models and the reading of samples by byte range.
+    dataset.json                    counts, dims, label statistics, content hash, tars of each split
+    train-000000.tar                samples: KEY.wav | KEY.audio.npy, KEY.txt, KEY.text.npy, KEY.vision.npy, KEY.json
+    train-000000.tar.index.json     of each sample: byte range, checksum, label, lengths
+    train.columns.safetensors       optional: the rows of all indexes of a split in key order, for opening (see `table`)
+
+`shard_writer` writes it; here are its models and the reading of samples by byte range. `dist-train shards make` puts
+the samples of a split into its tars in key order; a reader may not rely on that.
 
 Sample bytes do not depend on the shard they lie in, so `content_hash` (sha256 over the sorted lines
 "split TAB key TAB sample sha256 NEWLINE") names the content and not its layout: other shard sizes, manifest orders and
@@ -11,10 +17,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import os
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -24,31 +30,44 @@ import soundfile
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
 
 from sharding.errors import UserError, UserErrors
+from sharding.files import MOST_JSON, read_bounded
+from sharding.npy import read_npy
+from sharding.tar import members
 
 FORMAT = "dist-train-shards/1"
 SPLITS = ("train", "valid", "test")
 SAMPLE_RATE: Literal[16000] = 16000
+# A clip is an utterance, hours are a mistake or a bomb: a few kilobytes of FLAC decode to days of silence.
+LONGEST_SECONDS = 3600
+LARGEST_LABEL = 1e6  # a square of it, summed over a batch, is far from the end of fp32
+LONGEST_KEY = 1000  # characters
 REMAKE = "Copy the shards again, or make them anew with `dist-train shards make`"
 
 Split = Literal["train", "valid", "test"]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 TarName = Annotated[str, Field(pattern=r"^(train|valid|test)-\d{6,}\.tar$")]
+# What a tar and a file system can name, and a terminal print.
+Key = Annotated[str, Field(pattern=r"^[^./\p{C}\p{Zl}\p{Zp}]+$", max_length=LONGEST_KEY)]
+Label = Annotated[float, Field(ge=-LARGEST_LABEL, le=LARGEST_LABEL)]
+Seconds = Annotated[float, Field(ge=0, le=LONGEST_SECONDS)]
+Length = Annotated[int, Field(ge=0, lt=2**31)]
+Width = Annotated[int, Field(ge=1, le=2**20)]
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class Columns(BaseModel):
     """One entry per sample, in tar order; None where the modality is absent."""
 
-    key: list[str] = []
+    key: list[Key] = []
     offset: list[NonNegativeInt] = []  # bytes from the start of the tar
     size: list[PositiveInt] = []  # bytes, headers included
     sha256: list[Sha256] = []  # of those bytes
-    label: list[FiniteFloat] = []
-    audio_seconds: list[float | None] = []  # waveforms
-    audio_frames: list[int | None] = []  # features
-    text_characters: list[int | None] = []  # transcript
-    text_frames: list[int | None] = []  # features
-    vision_frames: list[int | None] = []
+    label: list[Label] = []
+    audio_seconds: list[Seconds | None] = []  # waveforms
+    audio_frames: list[Length | None] = []  # features
+    text_characters: list[Length | None] = []  # transcript
+    text_frames: list[Length | None] = []  # features
+    vision_frames: list[Length | None] = []
 
 
 class ShardIndex(BaseModel):
@@ -74,30 +93,30 @@ class ShardEntry(BaseModel):
 class LabelStatistics(BaseModel):
     """Of one split. `counts[i]` labels lie in [edges[i], edges[i+1]), the last bin closed."""
 
-    min: float
-    max: float
-    mean: float
-    median: float
-    edges: list[float]
-    counts: list[int]
+    min: Label
+    max: Label
+    mean: Label
+    median: Label
+    edges: list[Label]
+    counts: list[NonNegativeInt]
 
 
 class SplitInfo(BaseModel):
     """One split; `missing` counts the samples without audio, text (neither transcript nor features), vision."""
 
     shards: list[ShardEntry]
-    samples: int
-    seconds: float  # of waveforms
+    samples: PositiveInt
+    seconds: Annotated[FiniteFloat, Field(ge=0)]  # of waveforms
     labels: LabelStatistics
-    missing: dict[Literal["audio", "text", "vision"], int]
+    missing: dict[Literal["audio", "text", "vision"], NonNegativeInt]
 
 
 class Dims(BaseModel):
     """Widths that all samples share; None: no sample has that kind."""
 
-    audio: PositiveInt | Literal["waveform"] | None = None
-    text: PositiveInt | None = None
-    vision: PositiveInt | None = None
+    audio: Width | Literal["waveform"] | None = None
+    text: Width | None = None
+    vision: Width | None = None
 
 
 class SetAside(BaseModel):
@@ -114,7 +133,7 @@ class DatasetInfo(BaseModel):
     splits: dict[Split, SplitInfo]
     dims: Dims
     sample_rate: Literal[16000] = SAMPLE_RATE
-    label_range: tuple[float, float]
+    label_range: tuple[Label, Label]
     set_aside: list[SetAside]
     content_hash: Sha256
 
@@ -178,6 +197,12 @@ def load_info(root: Path) -> DatasetInfo:
     info = _load_json(path, DatasetInfo)
     if not any(part.shards for part in info.splits.values()):
         raise UserError(str(root), "has no shards", REMAKE)
+    for name, part in info.splits.items():
+        held = sum(entry.samples for entry in part.shards)
+        if part.samples != held:
+            raise UserError(
+                str(path), f"is damaged (splits.{name}.samples is {part.samples}, its tars hold {held})", REMAKE
+            )
     return info
 
 
@@ -201,8 +226,8 @@ def load_index(root: Path, split: str, entry: ShardEntry) -> ShardIndex:
     if not same:
         raise UserError(str(path), f"is the index of another tar ({index.tar}, {index.bytes} bytes)", REMAKE)
     lengths = {len(getattr(columns, name)) for name in Columns.model_fields}
-    ends = np.cumsum(columns.size)
-    if len(lengths) != 1 or columns.offset != [0, *ends[:-1].tolist()] or ends[-1] > index.bytes:
+    ends = list(itertools.accumulate(columns.size))  # of Python's integers, which do not overflow
+    if len(lengths) != 1 or columns.offset != [0, *ends[:-1]] or ends[-1] > index.bytes:
         raise UserError(str(path), "is damaged (columns do not fit together)", REMAKE)
     size = tar.stat().st_size
     if size != index.bytes:
@@ -213,8 +238,7 @@ def load_index(root: Path, split: str, entry: ShardEntry) -> ShardIndex:
 
 def _load_json(path: Path, model: type[Model]) -> Model:
     try:
-        text = path.read_text(encoding="utf-8")
-        raw = json.loads(text)
+        raw = json.loads(read_bounded(path, MOST_JSON, REMAKE).decode())
         version = raw.get("format") if isinstance(raw, dict) else None
         if version != FORMAT:
             raise UserError(str(path), f"has format {version!r}, this version reads {FORMAT!r}", REMAKE)
@@ -254,47 +278,38 @@ def read_sample(fd: int, where: str, dims: Dims, *, key: str, offset: int, size:
             array = sample[modality]
             if array is not None and width != ("waveform" if array.ndim == 1 else array.shape[1]):
                 raise ValueError(f"{modality} has shape {list(array.shape)}, dataset.json says width {width}")
+            if array is not None and not np.isfinite(array).all():
+                raise ValueError(f"{modality} holds NaN or infinite numbers")
         return sample
-    except (ValueError, OSError, EOFError, tarfile.TarError, soundfile.SoundFileError) as error:
+    except (ValueError, OSError, soundfile.SoundFileError) as error:
         raise UserError(f"{where}, sample {key}", str(error) or type(error).__name__, REMAKE) from error
 
 
 def _decode(key: str, data: bytes) -> dict[str, Any]:
     sample: dict[str, Any] = {"audio": None, "text": None, "text_features": None, "vision": None}
-    for member, part in _members(data):
+    for member, part in members(data):
         name, _, extension = member.partition(".")
         if name != key:
             raise ValueError(f"holds {member}, which is not of this sample")
         if extension in ("wav", "flac"):
-            audio, rate = soundfile.read(io.BytesIO(part), dtype="float32")
-            if rate != SAMPLE_RATE or audio.ndim != 1:
-                raise ValueError(f"{extension} is not {SAMPLE_RATE} Hz mono")
-            sample["audio"] = audio
+            with soundfile.SoundFile(io.BytesIO(part)) as sound:
+                if (sound.samplerate, sound.channels) != (SAMPLE_RATE, 1):
+                    raise ValueError(f"{extension} is not {SAMPLE_RATE} Hz mono")
+                if sound.frames > LONGEST_SECONDS * SAMPLE_RATE:
+                    seconds = sound.frames / SAMPLE_RATE
+                    raise ValueError(f"{extension} lasts {seconds:.0f} s, a clip at most {LONGEST_SECONDS}")
+                sample["audio"] = sound.read(dtype="float32")
         elif extension == "txt":
             sample["text"] = part.decode()
         elif extension in _ARRAYS:
-            array = np.load(io.BytesIO(part), allow_pickle=False)
-            if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype != np.float32:
+            try:
+                array = read_npy(io.BytesIO(part), len(part))
+            except ValueError as error:
+                raise ValueError(f"{extension} {error}") from None
+            if array.ndim != 2 or array.dtype != np.float32:
                 raise ValueError(f"{extension} is not a float32 array [T, D]")
             sample[_ARRAYS[extension]] = array
     return sample
 
 
 _ARRAYS = {"audio.npy": "audio", "text.npy": "text_features", "vision.npy": "vision"}
-
-
-def _members(data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a sample's tar members. Plain headers are read here: tarfile takes ten times as long."""
-    start = 0
-    while start < len(data):
-        body = start + tarfile.BLOCKSIZE
-        if data[start + 156 : start + 157] != tarfile.REGTYPE:  # a long or non-ASCII name has an extended header first
-            with tarfile.open(fileobj=io.BytesIO(data[start:]), mode="r:") as tar:
-                for member in tar:
-                    content = tar.extractfile(member)
-                    yield member.name, content.read() if content else b""
-            return
-        name = data[start : start + 100].rstrip(b"\0").decode()
-        size = int(data[start + 124 : start + 135], 8)
-        yield name, data[body : body + size]
-        start = body + size + -size % tarfile.BLOCKSIZE

@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from sharding.errors import UserError, UserErrors
 from sharding.order import EpochPlan
-from sharding.shards import Columns, Dims, load_dataset, read_sample
+from sharding.readahead import Readahead
+from sharding.shards import Dims, read_sample
+from sharding.shuffle import Source
+from sharding.table import Table, open_table
 
 Sample = dict[str, Any]
 _MAX_OPEN = 64  # descriptors per process; a corpus may have more tars than a process may open files
+
+
+class Contents(Protocol):
+    """What dataset.json tells, of one dataset or of a mix."""
+
+    @property
+    def splits(self) -> Mapping[Any, Any]: ...
+    @property
+    def dims(self) -> Dims: ...
+    @property
+    def label_range(self) -> tuple[float, float]: ...
+    @property
+    def content_hash(self) -> str: ...
 
 
 class ShardedSplit(Dataset[Sample]):
@@ -31,33 +49,29 @@ class ShardedSplit(Dataset[Sample]):
             "set_aside": reason.
 
     Attributes:
-        keys: list of the sample keys, sorted.
+        keys: sample keys, sorted.
         labels: float64 [n].
-        columns: the index, one list per column, in the order of `keys`.
+        columns: the index, in the order of `keys`.
         dims: widths shared by all samples.
         info: dataset.json.
+        sources: what an epoch draws from (`EpochPlan.sources`): this one dataset.
 
     Raises:
         UserError: see `shards.load_dataset`.
     """
 
     def __init__(self, root: Path | str, split: str, on_bad_sample: Literal["stop", "set_aside"] = "stop") -> None:
-        dataset = load_dataset(Path(root), split)
-        self.root, self.split, self.on_bad_sample = dataset.root, split, on_bad_sample
-        self.info = dataset.info
-        self.dims: Dims = dataset.info.dims
-        indexes = dataset.indexes[split]
-        found = [key for index in indexes for key in index.columns.key]
-        order = sorted(range(len(found)), key=found.__getitem__)
-        tars = [index.tar for index in indexes for _ in index.columns.key]
-        self._tars = [tars[i] for i in order]
-        every = {name: [v for x in indexes for v in getattr(x.columns, name)] for name in Columns.model_fields}
-        self.columns = Columns()
-        for name, values in every.items():
-            setattr(self.columns, name, [values[i] for i in order])
-        self.keys = self.columns.key
-        self.labels = np.array(self.columns.label, dtype=np.float64)
-        self._open: dict[str, int] = {}
+        self.split, self.on_bad_sample = split, on_bad_sample
+        info, table = open_table(Path(root), split)
+        self.info: Contents = info
+        self.take(table, info.dims, (Source(len(table)),))
+
+    def take(self, table: Table, dims: Dims, sources: tuple[Source, ...]) -> None:
+        """Serves the samples of this table."""
+        self.columns, self.dims, self.sources = table, dims, sources
+        self.keys: Sequence[str] = table.key
+        self.labels = table.label
+        self._open: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -85,27 +99,38 @@ class ShardedSplit(Dataset[Sample]):
             absent = dict.fromkeys(("audio", "text", "text_features", "vision"))
             return sample | absent | {"set_aside": str(error)}
 
+    def name_in_tar(self, index: int) -> str:
+        """The key as the tar's members have it."""
+        return self.keys[index]
+
     def _read(self, index: int) -> Sample:
-        c, tar = self.columns, self._tars[index]
+        c = self.columns
+        tar = int(c.tar[index])
         return read_sample(
-            self._descriptor(tar),
-            str(self.root / tar),
+            self.descriptor(tar),
+            c.tars[tar],
             self.dims,
-            key=c.key[index],
-            offset=c.offset[index],
-            size=c.size[index],
-            sha256=c.sha256[index],
+            key=self.name_in_tar(index),
+            offset=int(c.offset[index]),
+            size=int(c.size[index]),
+            sha256=c.sha256[index].tobytes().hex(),
         )
 
-    def _descriptor(self, tar: str) -> int:
+    def descriptor(self, tar: int) -> int:
+        """Of an open tar.
+
+        Raises:
+            UserError: it cannot be opened.
+        """
         if tar not in self._open:
             if len(self._open) >= _MAX_OPEN:
                 os.close(self._open.pop(next(iter(self._open))))
+            path = self.columns.tars[tar]
             try:
-                self._open[tar] = os.open(self.root / tar, os.O_RDONLY)
+                self._open[tar] = os.open(path, os.O_RDONLY)
             except OSError as error:
                 problem = f"cannot be opened ({error.strerror})"
-                raise UserError(str(self.root / tar), problem, "Check that the shards are still there") from error
+                raise UserError(path, problem, "Check that the shards are still there") from error
         return self._open[tar]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,11 +210,8 @@ def stream(
     """
     if plan.samples != len(split):
         raise ValueError(f"the plan is for {plan.samples} samples, the split has {len(split)}")
-    rows = (
-        plan.micro_batch(step, micro, rank)
-        for step in range(start_step, plan.steps)
-        for micro in range(plan.micro_steps(step))
-    )
+    ahead = Readahead(split.columns) if plan.shuffle and plan.window else None
+    rows = rows_of_rank(plan, rank, start_step) if ahead is None else rows_behind(ahead, plan, rank, start_step)
     loader = DataLoader(
         _Rows(split),
         batch_sampler=rows,
@@ -198,7 +220,40 @@ def stream(
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
     )
-    for batch in loader:
-        if isinstance(batch, (UserError, UserErrors)):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, (UserError, UserErrors)):
+                raise batch
+            yield batch
+    finally:
+        if ahead is not None:
+            ahead.close()
+
+
+Rows = list[tuple[int, bool]]
+
+
+def rows_of_rank(plan: EpochPlan, rank: int, start: int, end: int | None = None) -> Iterator[Rows]:
+    """The rows of one rank's micro-batches from step `start` to before step `end`."""
+    for step in range(start, plan.steps if end is None else end):
+        for micro in range(plan.micro_steps(step)):
+            yield plan.micro_batch(step, micro, rank)
+
+
+def rows_behind(ahead: Readahead, plan: EpochPlan, rank: int, start: int) -> Iterator[Rows]:
+    """The same; those of a window only after the rank's part of it has been read, and while that of the next is."""
+    assert plan.window is not None
+    number = np.arange(plan.steps) * plan.global_batch // plan.window.samples  # of the window in which a step begins
+    edges = [start, *(np.flatnonzero(np.diff(number)) + 1).tolist(), plan.steps]
+    edges = sorted({edge for edge in edges if edge >= start})
+
+    def read(first: int, last: int) -> Future[None]:
+        samples = {index for rows in rows_of_rank(plan, rank, first, last) for index, _ in rows}
+        return ahead.start(np.array(sorted(samples), np.int64))
+
+    waiting = [read(*edges[:2])] if len(edges) > 1 else []
+    for place, (first, last) in enumerate(pairwise(edges)):
+        if place + 2 < len(edges):
+            waiting.append(read(*edges[place + 1 : place + 3]))
+        waiting.pop(0).result()
+        yield from rows_of_rank(plan, rank, first, last)

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sharding.errors import UserError, UserErrors
-from sharding.shards import Split
+from sharding.files import read_bounded
+from sharding.shards import LARGEST_LABEL, LONGEST_KEY, Split
 
 REQUIRED = ("key", "label", "split")
 FILES = ("audio", "text_features", "vision")
 MODALITIES = ("audio", "text", "text_features", "vision")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy")
 LONG_TEXT = 8000  # characters, about the 2048-token context of Llama
+LONGEST_TEXT = 1_000_000  # characters, about what is said in 20 hours: another file, or a quote that never ends
+MOST_BYTES = 1 << 30  # of a manifest, about ten million lines; it is read as a whole
 MOST_ERRORS = 50
 
 
@@ -63,6 +66,8 @@ def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0)) ->
     """
     if not label_range[0] < label_range[1]:
         raise UserError("label range", f"{label_range[0]} is not below {label_range[1]}", "Give MIN before MAX")
+    if max(map(abs, label_range)) > LARGEST_LABEL:
+        raise UserError("label range", f"{label_range} goes beyond ±{LARGEST_LABEL:g}", "Scale the labels down")
     text = _read_text(path)
     jsonl = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
     errors: list[UserError] = []
@@ -98,7 +103,7 @@ def capped(errors: list[UserError], where: str) -> list[UserError]:
 
 def _read_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MOST_BYTES, "Name a CSV or JSONL manifest")
     except OSError as error:
         raise UserError(str(path), f"cannot be read ({error.strerror})", "Name a CSV or JSONL manifest") from error
     try:
@@ -143,7 +148,8 @@ def _read_jsonl(path: Path, text: str, errors: list[UserError]) -> Iterator[tupl
         if not line.strip():
             continue
         try:
-            row = json.loads(line, parse_constant=str)  # NaN and Infinity stay visible as text
+            # NaN and Infinity stay visible as text.
+            row = json.loads(line, parse_constant=str, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             errors.append(UserError(f"{path}:{number}", f"is not valid JSON ({error})", "Write one object per line"))
             continue
@@ -151,6 +157,15 @@ def _read_jsonl(path: Path, text: str, errors: list[UserError]) -> Iterator[tupl
             yield number, row
         else:
             errors.append(UserError(f"{path}:{number}", "is not a JSON object", "Write one object per line"))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; the last of equal fields would win without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"field {twice!r} stands twice")
+    return found
 
 
 def _missing_columns(path: Path, columns: set[str]) -> list[UserError]:
@@ -185,6 +200,8 @@ def _check_row(
     if values["text"] and not _encodes(values["text"]):
         problems.append(("text holds half a surrogate pair", "Write the whole character"))
     key = values["key"] or ""
+    if len(values["text"] or "") > LONGEST_TEXT:
+        problems.append((f"text of {len(values['text'] or '')} characters", f"Write at most {LONGEST_TEXT}"))
     if "key" in columns:
         problems += _check_key(key)
     label = math.nan
@@ -231,6 +248,8 @@ def _encodes(text: str) -> bool:
 def _check_key(key: str) -> list[tuple[str, str]]:
     if not key:
         return [("key is empty", "Give every clip a name")]
+    if len(key) > LONGEST_KEY:
+        return [(f"key of {len(key)} characters", f"Write at most {LONGEST_KEY}")]
     bad = sorted({character for character in key if character in "./" or not character.isprintable()})
     names = ", ".join(map(repr, bad))
     # WebDataset takes what follows the first dot as the file's kind, and "/" as a folder.
@@ -257,6 +276,8 @@ def _check_file(name: str, path: Path) -> list[tuple[str, str]]:
     if path.suffix.lower() not in allowed:
         return [(f"{name} file {path} is not of a known kind", f"Use {', '.join(allowed)}")]
     try:
+        if path.exists() and not path.is_file():  # a FIFO would never begin, a device never end
+            return [(f"{name} file {path} is not a regular file", "Correct the path (relative to the manifest)")]
         if not path.is_file():
             return [(f"{name} file {path} is missing", "Correct the path (relative to the manifest) or leave it empty")]
     except (OSError, ValueError) as error:  # name too long, NUL byte

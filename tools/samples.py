@@ -12,11 +12,15 @@ import soundfile
 import soxr
 
 from sharding.errors import UserError
+from sharding.npy import read_npy, read_shape
 from sharding.shard_writer import PackedSample, pack_sample
-from sharding.shards import SAMPLE_RATE, Dims
+from sharding.shards import LONGEST_SECONDS, SAMPLE_RATE, Dims
 from tools.manifest import FILES, Row
 
 SHORTEST = 400  # samples at 16 kHz: one window of the speech encoder's convolutions (25 ms)
+RATES = (1000, 768_000)  # Hz that recorders use, with room; others are a mistake or fill the memory when resampled
+MOST_VALUES = 1 << 29  # decoded at once, 2 GiB: an hour of stereo at 48 kHz has 2^28.4
+MOST_CHUNKS = 1000  # before the audio of a wav; recorders write a handful
 VOTERS = 1000
 
 
@@ -47,8 +51,9 @@ def _width(path: Path) -> int | str | None:
     if path.suffix.lower() != ".npy":
         return "waveform"
     try:
-        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
-    except (OSError, ValueError, EOFError, AttributeError):  # an archive has no shape
+        with path.open("rb") as file:
+            shape = read_shape(file, path.stat().st_size)
+    except (OSError, ValueError):
         return None
     return shape[1] if len(shape) == 2 and shape[1] > 0 else None
 
@@ -87,6 +92,8 @@ def prepare(row: Row, dims: Dims) -> Prepared | UserError:
         )
     except UserError as error:
         return UserError(f"sample {row.key}, {error.where}", error.problem, error.remedy)
+    except RecursionError:  # of json, in the columns that are only kept
+        return UserError(f"sample {row.key}", "has a field that is nested too deeply", "Write it flat")
     except MemoryError:
         return UserError(f"sample {row.key}", "does not fit in memory", "Cut the clip, or use fewer --workers")
     return Prepared(packed, tuple(done))
@@ -103,12 +110,13 @@ def read_waveform(path: Path, done: list[str]) -> np.ndarray:
         float32 [samples] in [-1, 1].
 
     Raises:
-        UserError: undecodable, truncated, empty, shorter than 25 ms, or with NaN.
+        UserError: undecodable, truncated, empty, shorter than 25 ms, longer than LONGEST_SECONDS, or with NaN.
     """
     try:
         _refuse_cut_wav(path)
         with soundfile.SoundFile(path) as stream:
             rate, expected = stream.samplerate, stream.frames
+            _refuse_length(path, stream)
             audio = stream.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise _bad(path, f"cannot be decoded, damaged or truncated ({_reason(error)})") from error
@@ -145,15 +153,12 @@ def read_features(path: Path, width: int | str | None) -> np.ndarray:
         UserError: unreadable, pickled, wrong rank or width, empty, not numeric, NaN or infinite in float32.
     """
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        if "allow_pickle" in str(error):
-            raise _bad(path, "holds pickled objects, which are never loaded") from error
-        raise _bad(path, f"is not a readable .npy file ({_reason(error)})") from error
-    if not isinstance(array, np.ndarray):
-        raise _bad(path, "is an archive, not a single array")
-    if array.dtype.kind not in "fiu":
-        raise _bad(path, f"has type {array.dtype}, which is not real numbers")
+        with path.open("rb") as file:
+            array = read_npy(file, path.stat().st_size)
+    except OSError as error:
+        raise _bad(path, f"cannot be read ({_reason(error)})") from error
+    except ValueError as error:
+        raise _bad(path, str(error)) from None
     if array.ndim != 2:
         raise _bad(path, f"has rank {array.ndim} (shape {list(array.shape)}), expected [time, width]")
     if width == "waveform":
@@ -179,6 +184,18 @@ def _reason(error: Exception) -> str:
     return str(text).removeprefix("Error : ").strip().rstrip(".") or "broken stream"
 
 
+def _refuse_length(path: Path, stream: soundfile.SoundFile) -> None:
+    """Before anything is decoded: a few kilobytes may declare, or really hold, hours of silence."""
+    low, high = RATES
+    if not low <= stream.samplerate <= high:
+        raise _bad(path, f"has {stream.samplerate} Hz, not {low} to {high}")
+    seconds = stream.frames / stream.samplerate
+    if seconds > LONGEST_SECONDS:
+        raise _bad(path, f"lasts {seconds:.0f} s by its header, or does not tell; a clip at most {LONGEST_SECONDS} s")
+    if stream.frames * stream.channels > MOST_VALUES:
+        raise _bad(path, f"has {stream.frames} × {stream.channels} values, at most {MOST_VALUES} are decoded")
+
+
 def _refuse_cut_wav(path: Path) -> None:
     """libsndfile shortens a wav whose data chunk is cut without a word: compare the chunk with the file.
 
@@ -189,7 +206,10 @@ def _refuse_cut_wav(path: Path) -> None:
         if stream.read(4) != b"RIFF":
             return
         stream.seek(12)
-        while len(header := stream.read(8)) == 8:
+        for _ in range(MOST_CHUNKS):
+            header = stream.read(8)
+            if len(header) < 8:
+                return
             length = int.from_bytes(header[4:], "little")
             rest = size - stream.tell()
             if header[:4] == b"data":
@@ -197,3 +217,4 @@ def _refuse_cut_wav(path: Path) -> None:
                     raise _bad(path, f"is truncated ({rest} of {length} bytes of audio)")
                 return
             stream.seek(length + length % 2, os.SEEK_CUR)
+    raise _bad(path, f"has no audio among its first {MOST_CHUNKS} chunks")

@@ -20,8 +20,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from sharding.errors import UserError, UserErrors
-from sharding.shard_writer import write_dataset
+from sharding.errors import UserError, UserErrors, plain
+from sharding.shard_writer import lengths, write_dataset
 from sharding.shards import (
     REMAKE,
     Dataset,
@@ -36,6 +36,7 @@ from sharding.shards import (
     read_sample,
 )
 from sharding.signals import interrupt_blocked
+from sharding.table import columns_path, read_columns, table_of
 from tools.manifest import Manifest, Row, capped, read_manifest
 from tools.samples import Prepared, find_dims, prepare
 
@@ -60,6 +61,8 @@ def make(
 ) -> None:
     """Build `out` from a manifest; the bytes do not depend on the number of workers.
 
+    Samples are written in key order: neighbours in the order that training starts from are then neighbours on the disk.
+
     Args:
         manifest: CSV or JSONL, see `manifest.read_manifest`.
         out: new directory.
@@ -80,22 +83,23 @@ def make(
     table = read_manifest(manifest, label_range)
     dims = find_dims(table.rows)
     done: Counter[str] = Counter()
-    bad: list[UserError] = []
+    failed: dict[str, UserError] = {}
+    rows = sorted(table.rows, key=lambda row: row.key)
     with (
         write_dataset(out, dims=dims, label_range=label_range, samples_per_shard=samples_per_shard) as writer,
         _progress() as progress,
-        closing(_prepare_all(table.rows, dims, workers)) as results,
+        closing(_prepare_all(rows, dims, workers)) as results,
     ):
-        for row, result in zip(
-            table.rows, progress.track(results, total=len(table.rows), description="samples"), strict=True
-        ):
+        for row, result in zip(rows, progress.track(results, total=len(rows), description="samples"), strict=True):
             if isinstance(result, UserError):
-                bad.append(result)
-                writer.set_aside.append(SetAside(key=row.key, reason=f"{result.where}: {result.problem}"))
-            elif not bad or on_bad_sample == "set_aside":
+                failed[row.key] = result
+            elif not failed or on_bad_sample == "set_aside":
                 writer.add(row.split, result.sample)
                 done.update(result.done)
-        if bad and (on_bad_sample == "stop" or len(bad) == len(table.rows)):
+        by_key = {row.key: failed[row.key] for row in table.rows if row.key in failed}  # told in the manifest's order
+        bad = list(by_key.values())
+        writer.set_aside += [SetAside(key=key, reason=f"{one.where}: {one.problem}") for key, one in by_key.items()]
+        if bad and (on_bad_sample == "stop" or len(bad) == len(rows)):
             raise UserErrors(capped(bad, str(manifest)))
     _report(out, table, done, bad)
 
@@ -136,7 +140,7 @@ def inspect(directory: Path, *, as_json: bool) -> None:
     if info.set_aside:
         print(f"{len(info.set_aside)} samples set aside when the shards were made, e.g.")
         for aside in info.set_aside[:3]:
-            print(f"  {aside.reason}")
+            print(f"  {plain(aside.reason)}")
 
 
 def verify(directory: Path) -> None:
@@ -149,12 +153,14 @@ def verify(directory: Path) -> None:
     info = load_info(directory)
     errors: list[UserError] = []
     triples: list[tuple[str, str, str]] = []
+    indexes: dict[str, list[ShardIndex]] = {}
     with _progress() as progress:
         task = progress.add_task("verify", total=sum(part.samples for part in info.splits.values()))
         for split, part in info.splits.items():
             for entry in part.shards:
                 try:
                     index = load_index(directory, split, entry)
+                    indexes.setdefault(split, []).append(index)
                     errors += _verify_tar(directory, index, info.dims)
                     columns = index.columns
                     triples += [(split, *pair) for pair in zip(columns.key, columns.sha256, strict=True)]
@@ -163,6 +169,12 @@ def verify(directory: Path) -> None:
                 progress.advance(task, entry.samples)
     if not errors and content_hash(triples) != info.content_hash:
         errors.append(UserError(str(directory / "dataset.json"), "content_hash differs from the indexes", REMAKE))
+    for split, part in info.splits.items() if not errors else ():
+        path = columns_path(directory, split)
+        kept = read_columns(directory, split, part)
+        if path.exists() and (kept is None or not kept.equals(table_of(directory, indexes[split]))):
+            remedy = "Remove it: opening just takes longer"
+            errors.append(UserError(str(path), "is damaged or of other indexes", remedy))
     if errors:
         raise UserErrors(errors)
     print(f"{directory}: {len(triples)} samples, every checksum is right")
@@ -228,7 +240,7 @@ def _split_table(info: DatasetInfo) -> Table:
 
 def _summary(dataset: Dataset) -> dict[str, Any]:
     summary = dataset.info.model_dump()
-    summary["samples"], summary["notes"] = [], _scale_notes(dataset)
+    summary["samples"], summary["notes"] = [], _scale_notes(dataset) + _order_notes(dataset)
     for split, indexes in dataset.indexes.items():
         lengths: dict[str, Any] = {}
         for name in LENGTHS:
@@ -274,6 +286,14 @@ def _scale_notes(dataset: Dataset) -> list[str]:
     return notes
 
 
+def _order_notes(dataset: Dataset) -> list[str]:
+    """Splits whose windows would be scattered over the tars."""
+    scattered = [name for name, found in dataset.indexes.items() if not table_of(dataset.root, found).in_order]
+    if not scattered:
+        return []
+    return [f"The tars of {', '.join(scattered)} are not in key order: data.shuffle: windowed would read at random"]
+
+
 def _read_tar(
     root: Path, index: ShardIndex, dims: Dims, count: int | None = None
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any] | UserError]]:
@@ -295,7 +315,10 @@ def _read_tar(
 def _verify_tar(root: Path, index: ShardIndex, dims: Dims) -> list[UserError]:
     tar = root / index.tar
     try:
-        errors = [found for _, found in _read_tar(root, index, dims) if isinstance(found, UserError)]
+        errors = []
+        for i, (row, found) in enumerate(_read_tar(root, index, dims)):
+            problem = found if isinstance(found, UserError) else _wrong_length(tar, index, i, row["key"], found)
+            errors += [] if problem is None else [problem]
         with tar.open("rb") as stream:
             whole = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
@@ -305,6 +328,15 @@ def _verify_tar(root: Path, index: ShardIndex, dims: Dims) -> list[UserError]:
     return errors
 
 
+def _wrong_length(tar: Path, index: ShardIndex, i: int, key: str, sample: dict[str, Any]) -> UserError | None:
+    """What the index says wrongly of a sample's lengths, by which steps are planned."""
+    for name, length in lengths(**sample).items():
+        said = getattr(index.columns, name)[i]
+        if said != length:
+            return UserError(f"{tar}, sample {key}", f"has {name} {length}, its index says {said}", REMAKE)
+    return None
+
+
 def _short(value: Any) -> str:
     text = "–" if value is None else f"{value:+.2f}" if isinstance(value, float) else str(value)
-    return escape(text if len(text) <= 60 else text[:59] + "…")
+    return escape(plain(text if len(text) <= 60 else text[:59] + "…"))

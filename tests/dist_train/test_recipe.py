@@ -53,7 +53,7 @@ def test_all_problems_are_told_at_once(path: Path) -> None:
     assert found["optimizer.betas"].remedy == "Write a list of 2 values, each a number, at least 0 and below 1."
     assert found["training.epochs"].problem == 'cannot be "many"'
     assert found["training.epochs"].remedy == "Write a whole number, at least 1."
-    assert found["data.path"].problem == "cannot be null"
+    assert found["data.path"].problem == "is missing"
     assert found["fusion"].remedy == "Write a mapping of keys to values."
 
 

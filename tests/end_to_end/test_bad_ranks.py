@@ -15,10 +15,10 @@ from dist_train.evaluate import find_checkpoint, load_trained
 from dist_train.recipe import load_recipe
 from dist_train.run_directory import RunDirectory
 from sharding.errors import UserError
-from sharding.order import permutation
 from sharding.portable import Portable
 from sharding.shard_writer import pack_sample, write_dataset
 from sharding.shards import Dims, Split, load_dataset
+from sharding.shuffle import permutation
 from tests import tiny
 from tests.corpus import read_only, small_disk
 from tests.end_to_end.commands import (

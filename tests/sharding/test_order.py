@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sharding.order import EpochPlan, permutation
+from sharding.order import EpochPlan
+from sharding.shuffle import permutation
 
 plans = st.builds(
     EpochPlan,
@@ -19,36 +20,6 @@ plans = st.builds(
     epoch=st.integers(0, 1000),
     shuffle=st.booleans(),
 )
-
-
-def philox4x64(key: tuple[int, int], n: int) -> list[int]:
-    """Philox4x64-10 as published (Salmon et al., SC 2011), with plain integers; the counter starts at 1 as in NumPy."""
-    mask, words = 2**64 - 1, []
-    for block in range(1, -(-n // 4) + 1):
-        c, k = [block, 0, 0, 0], list(key)
-        for _ in range(10):
-            left, right = c[0] * 0xD2E7470EE14C6C93, c[2] * 0xCA5A826395121157
-            c = [(right >> 64) ^ c[1] ^ k[0], right & mask, (left >> 64) ^ c[3] ^ k[1], left & mask]
-            k = [(k[0] + 0x9E3779B97F4A7C15) & mask, (k[1] + 0xBB67AE8584CAA73B) & mask]
-        words += c
-    return words[:n]
-
-
-@given(n=st.integers(0, 50), seed=st.integers(0, 2**64 - 1), epoch=st.integers(0, 2**64 - 1))
-def test_permutation_sorts_the_published_philox_stream(n, seed, epoch):
-    words = philox4x64((seed, epoch), n)
-    assert permutation(n, seed, epoch).tolist() == sorted(range(n), key=words.__getitem__)
-
-
-def test_permutation_changes_with_seed_and_epoch():
-    orders = {tuple(permutation(100, seed, epoch)) for seed in range(5) for epoch in range(5)}
-    assert len(orders) == 25
-
-
-@pytest.mark.parametrize("bad", [(-1, 0, 0), (3, -1, 0), (3, 0, 2**64)])
-def test_permutation_refuses(bad):
-    with pytest.raises(ValueError, match="must lie in"):
-        permutation(*bad)
 
 
 def _slots(plan: EpochPlan, step: int) -> list[list[tuple[int, bool]]]:

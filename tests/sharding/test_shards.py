@@ -149,8 +149,8 @@ def test_every_damaged_byte_of_a_sample_is_found(corpus, rng):
     ("name", "content", "problem"),
     [
         ("wav", b"RIFF", "Error opening"),
-        ("vision.npy", b"\x93NUMPY\x01\x00", "EOF"),
-        ("vision.npy", "object", "allow_pickle"),
+        ("vision.npy", b"\x93NUMPY\x01\x00", "damaged .npy header"),
+        ("vision.npy", "object", "pickled objects"),
         ("vision.npy", np.zeros(3, np.float32), "float32 array"),
         ("vision.npy", np.zeros((3, 5)), "float32 array"),
         ("vision.npy", np.zeros((3, 6), np.float32), "width 5"),

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharding.errors import UserError
-from sharding.order import EpochPlan, permutation
+from sharding.order import EpochPlan
+from sharding.shuffle import permutation
 from sharding.stream import ShardedSplit, stream
 from tests.corpus import random_sample, write_corpus
 

@@ -1,0 +1,120 @@
+"""Hostile run directories: what `report` reads and writes, and what --resume and `evaluate` would write into."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from tests.security.attempt import Words
+from tests.security.case import Case
+
+SCRIPT = "<script>alert(1)</script>"
+TEX = "$\\frac{$"
+STEP = {"kind": "step", "step": 1, "loss": 1.0, "step_seconds": 1.0, "samples": 4}
+
+
+def run(name: str, content: Any, command: str = "report") -> Callable[[Path], Words]:
+    """A run directory with one entry changed: text, JSON, or a function that makes the path."""
+
+    def lay(folder: Path) -> Words:
+        place = folder / "run"
+        place.mkdir()
+        for other, record in {"metrics.jsonl": STEP, "recipe.yaml": {"seed": 1}, "summary.json": {"seed": 1}}.items():
+            if other != name:
+                (place / other).write_text(json.dumps(record) + "\n")
+        if callable(content):
+            content(place / name)
+        else:
+            (place / name).write_text(content if isinstance(content, str) else json.dumps(content))
+        words: dict[str, Words] = {
+            "report": ["report", "run"],
+            "evaluate": ["evaluate", "run"],
+            "train": ["train", "run/recipe.yaml", "--output", "run", "--resume"],
+        }
+        return words[command]
+
+    return lay
+
+
+def outside(path: Path) -> None:
+    """A link to a file or directory beside the run directory."""
+    place = path.parent.parent / "elsewhere"
+    place.mkdir()
+    (place / "victim").write_text("precious")
+    path.symlink_to(place if path.suffix == "" else place / "victim")
+
+
+def tree(depth: int) -> str:
+    return '{"a": ' * depth + "1" + "}" * depth
+
+
+def representations(shape: tuple[int, int]) -> Callable[[Path], None]:
+    """Few bytes whose distances to each other are many."""
+    tensors = {name: np.zeros(shape, np.float32) for name in ("complete", "missing")}
+    return lambda path: save_file({**tensors, "label": np.zeros(shape[0], np.float32)}, path)
+
+
+def terabyte(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+LAUGHS = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+LINK = r"run/{}: is a link that leads out of the run directory\. Put"
+LEFT_OUT = r"{} is damaged and was left out"
+
+LONG = "representations_test.safetensors"
+SHOWN = ("selected_on", "seed", "selected_flow", "best_step")
+LOUD: dict[str, Any] = {**dict.fromkeys(SHOWN, SCRIPT), "notes": [SCRIPT], "test": {"complete": {"mae": 1}}}
+MEASURED = {"step": 1, "peak_bytes": 9, "foretold_peak_bytes": 9, "foretold_peak_parts": {TEX: 9}}
+EVAL = {"kind": "eval", "step": 1, "split": '" onload="x', "complete": {"mae": 1}, "missing": {"mae": 1}}
+SLOW = {"speed": {"phase_seconds": {TEX: 9}}}
+TERMS = {f"loss/{i}": 1.0 for i in range(10_000)}
+
+
+def metrics(**fields: Any) -> Callable[[Path], Words]:
+    """Step records with more in them."""
+    return run("metrics.jsonl", {**STEP, **fields})
+
+
+# fmt: off
+CASES = [
+    Case("report.html that links to a file outside", run("report.html", outside), (LINK.format("report.html"),)),
+    Case("figures that link to a directory outside", run("figures", outside), (LINK.format("figures"),)),
+    Case("logs that link outside", run("logs", outside, "evaluate"), (LINK.format("logs"),)),
+    Case("tokenizer that links outside", run("tokenizer", outside, "train"), (LINK.format("tokenizer"),)),
+    Case("predictions that link outside", run("predictions_test.csv", outside, "evaluate"),
+         (LINK.format("predictions_test.csv"),)),
+    Case("script in a summary", run("summary.json", LOUD), page=("&lt;script&gt;",)),
+    Case("script in keys of a recipe", run("recipe.yaml", {SCRIPT: {SCRIPT: SCRIPT}}), page=("&lt;script&gt;",)),
+    Case("script in keys of the environment", run("environment.json", {SCRIPT: SCRIPT}), page=("&lt;script&gt;",)),
+    Case("script in names of loss terms", metrics(**{f"loss/{SCRIPT}": 1.0}), page=("Loss terms",)),
+    Case("attribute that ends early", run("metrics.jsonl", EVAL), page=("No evaluation|onload=&#34;x|onload",)),
+    Case("TeX that does not end, in a loss term", metrics(**{f"loss/{TEX}": 1.0}), page=("Loss terms",)),
+    Case("TeX that does not end, in parts of memory", run("plan.json", {"measured": MEASURED}), page=("foretold",)),
+    Case("TeX that does not end, in phases", run("summary.json", SLOW), page=("time goes",)),
+    Case("recipe of a billion laughs", run("recipe.yaml", LAUGHS), page=(LEFT_OUT.format("recipe.yaml"),)),
+    Case("recipe with a tag", run("recipe.yaml", "!!python/object/apply:os.mkdir [ran]\n"),
+         page=(LEFT_OUT.format("recipe.yaml"),)),
+    Case("recipe nested deeply", run("recipe.yaml", "[" * 100_000), page=(LEFT_OUT.format("recipe.yaml"),)),
+    Case("environment nested deeply", run("environment.json", tree(900)), page=(LEFT_OUT.format("environment.json"),)),
+    Case("summary nested a million deep", run("summary.json", tree(10**6)), page=(LEFT_OUT.format("summary.json"),)),
+    Case("summary of a terabyte", run("summary.json", terabyte), page=(LEFT_OUT.format("summary.json"),)),
+    Case("metrics that are a FIFO", run("metrics.jsonl", os.mkfifo), page=("metrics.jsonl is absent or unreadable",)),
+    Case("metrics of a terabyte", run("metrics.jsonl", terabyte), page=("metrics.jsonl is absent or unreadable",)),
+    Case("metrics nested deeply", run("metrics.jsonl", "[" * 10**6), page=("1 damaged line skipped",)),
+    Case("metrics of wild numbers", metrics(step=1e300, loss=10**400), page=("1 damaged line skipped",)),
+    Case("metrics of ten thousand terms", run("metrics.jsonl", {**STEP, **TERMS}), page=("Loss terms",)),
+    Case("representations whose distances fill the memory", run(LONG, representations((50_000, 1))),
+         page=(f"{LONG}: 50000 clips",)),
+    Case("representations that lie", run(LONG, "\xff" * 100), page=(f"{LONG} cannot be read",)),
+    Case("predictions of NUL", run("predictions_test.csv", "label,complete,missing\n\0,\0,\0\n"),
+         page=("rows are unusable|cannot be read",)),
+]
+# fmt: on
