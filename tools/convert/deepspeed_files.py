@@ -34,6 +34,7 @@ DEEPSPEED = {
     "universal_checkpoint_info",
 }  # fmt: skip
 MODEL_FILE = re.compile(r"(zero_pp_rank_(?P<rank>\d+)_)?mp_rank_00_model_states\.pt")
+MOST_RANKS = 100_000  # no machine has more
 SPLIT_MODEL = "splits the model itself over ranks (tensor, pipeline or expert parallelism), which convert does not read"
 
 
@@ -216,21 +217,15 @@ def open_model(folder: Path) -> Model:
     common = load(path)
     with laid_out(path):
         ranks = [common]
+        needed = {"module", "buffer_names", "param_shapes", "shared_params", "frozen_param_shapes", "global_steps"}
+        if needed - common.keys() or not 0 < common["dp_world_size"] <= MOST_RANKS:
+            raise KeyError(*sorted(needed - common.keys())[:1] or ("dp_world_size",))
         if common["mp_world_size"] != 1:
             raise UserError(str(path), SPLIT_MODEL, "Merge the model's parts with the tools that made it.")
         if path != whole:
             names = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(common["dp_world_size"])]
             check_ranks(folder, names, {file.name for file in found})
             ranks += [load(folder / name) for name in names[1:]]
-        for needed in (
-            "module",
-            "buffer_names",
-            "param_shapes",
-            "shared_params",
-            "frozen_param_shapes",
-            "global_steps",
-        ):
-            common[needed]
     return Model(path, common, ranks, sharded=path != whole)
 
 

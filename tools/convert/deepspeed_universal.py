@@ -9,6 +9,10 @@
 A folder of `ds_to_universal` has one of the two last files and one of two layouts of optimizer_state.pt, so that it
 loads either below stage 3 or there. Those written here have both and load at stages 1 to 3. Their groups have no
 hyperparameters: the engine that loads them keeps its own (stage 3 would give all groups those of the first).
+
+DeepSpeed 0.19.8 itself gets wrong what no file can mend: frozen weights and buffers are passed over, stage 0 fails, and
+stage 3 hands one and the same step tensor to all groups of parameters, which torch's optimizers then count up once per
+group. After such a load: `for state in optimizer.state.values(): state["step"] = state["step"].clone()`.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -21,7 +22,7 @@ from sharding.portable import flush
 from tools.convert.held import Tensors
 
 PIECE = 30 << 10  # elements; torch's threads take part from 32 Ki on
-BUFFER = 4 << 20  # bytes gathered for one write
+BUFFER = 8 << 20  # bytes of one write
 SHARD_BYTES = 5_000_000_000  # as save_pretrained of transformers 4 has it
 NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -69,7 +70,7 @@ def write_shards(
     )
     written = []
     for file, names in plan.filename_to_tensors.items():
-        with (folder / file).open("wb", buffering=BUFFER) as out:
+        with (folder / file).open("wb") as out:
             write_file(out, names, tensors, kinds, on_tensor)
         flush(folder / file)
         written.append(folder / file)
@@ -103,28 +104,39 @@ def write_file(
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     out.write(len(header).to_bytes(8, "little") + header)
+    with ThreadPoolExecutor(1) as writer:  # so that the next tensor is read while the disk is busy
+        writing = None
+        for full in filled(names, tensors, kinds, on_tensor):
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(out.write, full.numpy().data)
+        if writing is not None:
+            writing.result()
+
+
+def filled(
+    names: list[str],
+    tensors: Tensors,
+    kinds: Mapping[str, torch.dtype],
+    on_tensor: Callable[[str, int], None],
+) -> Iterator[Tensor]:
+    """The tensors' bytes, cast, in two buffers by turns: what is given stays until the next but one is asked for.
+
+    They are copied in pieces that stay in the processor's cache; torch would share larger ones among threads, which
+    wait for each other where cores are busy.
+    """
+    buffer, other = torch.empty(BUFFER, dtype=torch.uint8), torch.empty(BUFFER, dtype=torch.uint8)
+    end = 0
     for name in names:
-        tensor = tensors.read(name)
+        tensor, kind = tensors.read(name), kinds[name]
         if list(tensor.shape) != tensors.shapes[name] or tensor.dtype != tensors.dtypes[name]:
             raise ValueError(f"{name} was said to be {tensors.dtypes[name]} {tensors.shapes[name]}")
-        for piece in cast(tensor, kinds[name]):
-            out.write(raw(piece))
-        on_tensor(name, tensor.numel() * kinds[name].itemsize)
-
-
-def cast(tensor: Tensor, kind: torch.dtype) -> Iterator[Tensor]:
-    """A flat tensor in another dtype, piece by piece in the same memory: no copy of it, and pieces that stay in the
-    processor's cache. torch would share larger ones among threads, which wait for each other where cores are busy.
-    """
-    flat = tensor.contiguous().view(-1)
-    if kind == tensor.dtype:
-        yield flat
-        return
-    place = torch.empty(PIECE, dtype=kind)
-    for piece in flat.split(PIECE):
-        yield place[: len(piece)].copy_(piece)
-
-
-def raw(tensor: Tensor) -> memoryview:
-    """A flat tensor's bytes, without a copy."""
-    return tensor.view(torch.uint8).numpy().data
+        for piece in tensor.detach().contiguous().view(-1).split(PIECE):
+            start, end = end, end + len(piece) * kind.itemsize
+            if end > BUFFER:
+                yield buffer[:start]
+                buffer, other = other, buffer
+                start, end = 0, end - start
+            buffer[start:end].view(kind).copy_(piece)
+        on_tensor(name, tensor.numel() * kind.itemsize)
+    yield buffer[:end]

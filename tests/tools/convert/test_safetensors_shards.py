@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tools.convert.held import Tensors
-from tools.convert.safetensors_shards import NAMES, PIECE, write_shards
+from tools.convert.safetensors_shards import BUFFER, NAMES, PIECE, write_shards
 
 
 def held(values: dict[str, Tensor]) -> Tensors:
@@ -71,12 +71,12 @@ def test_a_folder_that_transformers_loads(tmp_path: Path) -> None:
         assert torch.equal(value, theirs.state_dict()[name])
 
 
-@pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 7])
+@pytest.mark.parametrize("size", [PIECE - 1, PIECE, PIECE + 1, BUFFER // 2, BUFFER + 3, 3 * BUFFER + 7])
 def test_large_tensors_are_cast_piece_by_piece(size: int, tmp_path: Path) -> None:
-    value = torch.randn(size)
-    write_shards(tmp_path, held({"a": value.view(1, -1), "b": torch.arange(3)}), dtype=torch.bfloat16)
+    value, more = torch.randn(size), torch.randint(2**60, (BUFFER // 5,))
+    write_shards(tmp_path, held({"a": value.view(1, -1), "b": more}), dtype=torch.bfloat16)
     found = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(found["a"], value.bfloat16().view(1, -1)) and torch.equal(found["b"], torch.arange(3))
+    assert torch.equal(found["a"], value.bfloat16().view(1, -1)) and torch.equal(found["b"], more)
 
 
 def test_a_tensor_that_is_not_what_was_said(tmp_path: Path) -> None:

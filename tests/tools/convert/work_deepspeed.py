@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from sharding.checkpoint import load, load_weights, trainables
 from sharding.collectives import gather_objects
-from sharding.engine_state import MOMENTS, master, moment
+from sharding.engine_state import MOMENTS, adam, master, moment
 from sharding.portable import Portable
 from sharding.zero import ZeroSettings, build_engine
 
@@ -159,16 +159,18 @@ def loaded(folder: Path, seed: int, jobs: dict[str, dict[str, Any]]) -> dict[str
     """Losses of the steps after SAVED_AT, of engines that load a checkpoint.
 
     Args:
-        jobs: name: its `place`, `kind` and settings. Kinds: "universal" (a root, by DeepSpeed's engine), "portable" (by
-            our own engine).
+        jobs: name: its `place`, `kind` and settings. Kinds: "universal" (a root, by DeepSpeed's engine), "mended" (the
+            same, then each group gets a step of its own), "portable" (by our own engine).
     """
     found = {}
     for name, job in jobs.items():
         kind, place = job.pop("kind"), job.pop("place")
         model = Toy(seed + 1, base_seed=seed)  # what is frozen or a buffer is there, what is trained is not
-        if kind == "universal":
+        if kind != "portable":
             engine = engine_of(model, universal=True, **job)
             engine.load_checkpoint(place)
+            for state in adam(engine).state.values() if kind == "mended" else ():
+                state["step"] = state["step"].clone()
         else:
             engine = resumed(model, Path(place), **job)
         found[name] = train(engine, seed, SAVED_AT, UNTIL)
