@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -100,13 +100,21 @@ def apply_tuning(model: nn.Module, settings: TuningSettings, *, where: str) -> N
 
 def inject(model: nn.Module, adapter: LoraSettings | VeraSettings, targets: list[str]) -> None:
     """Wraps the targets in PEFT's layers."""
+    config = peft_config(adapter, targets)
+    from peft import LoraModel, VeraModel  # noqa: PLC0415  takes seconds
+
+    (VeraModel if isinstance(adapter, VeraSettings) else LoraModel)(model, config, "default")
+
+
+def peft_config(adapter: LoraSettings | VeraSettings, targets: list[str]) -> Any:
+    """The settings as PEFT has them."""
     bitsandbytes()  # PEFT imports it
-    from peft import LoraConfig, LoraModel, VeraConfig, VeraModel  # noqa: PLC0415  takes seconds
+    from peft import LoraConfig, VeraConfig  # noqa: PLC0415  takes seconds
 
     if isinstance(adapter, VeraSettings):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the projections hang on the seed
-            config = VeraConfig(
+            return VeraConfig(
                 r=adapter.rank,
                 vera_dropout=adapter.dropout,
                 target_modules=targets,
@@ -114,19 +122,13 @@ def inject(model: nn.Module, adapter: LoraSettings | VeraSettings, targets: list
                 projection_prng_key=adapter.projection_seed,
                 save_projection=False,
             )
-        VeraModel(model, config, "default")
-    else:
-        LoraModel(
-            model,
-            LoraConfig(
-                r=adapter.rank,
-                lora_alpha=adapter.alpha,
-                lora_dropout=adapter.dropout,
-                target_modules=targets,
-                use_dora=isinstance(adapter, DoraSettings),
-            ),
-            "default",
-        )
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+        use_dora=isinstance(adapter, DoraSettings),
+    )
 
 
 def cast_projections(model: nn.Module, dtype: torch.dtype) -> None:

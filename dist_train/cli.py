@@ -160,6 +160,22 @@ def plan(
 
 
 @app.command()
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="Run directory, checkpoint, or a foreign file or folder.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
+    to: Annotated[str, typer.Option(help="Format to write, e.g. huggingface; docs/conversion.md has all.")],
+    run: Annotated[Path | None, typer.Option(help="Run directory that tells what SRC does not.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Folder of the frozen model, if not the one SRC names.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. Default: the format's.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell what would be written; write nothing.")] = False,
+) -> None:
+    """Convert a checkpoint to or from other formats; the result is read again before it counts."""
+    from tools.convert.command import convert as carry_out
+
+    carry_out(src, dst, to, run=run, base=base, dtype=dtype, dry_run=dry_run)
+
+
+@app.command()
 def report(directory: RunArgument) -> None:
     """Write report.html, one self-contained page, and the figures of a run."""
     from dist_train.report import write_report
