@@ -58,9 +58,9 @@ has `normali.*`, so a file tells which it is of. Names begin with `model.`, as `
 script loads with `strict=False` and would pass over other names in silence.
 
 **DeepSpeed and universal checkpoints.** DeepSpeed (0.19.8) loads what is written here at ZeRO-1, 2 and 3, also across
-stages, which its own universal files do not allow. It leaves frozen weights and buffers as the engine has them. At ZeRO-3
-with several parameter groups it gives all of them one step tensor, which Adam then counts once per group: clone each
-`state["step"]` after loading. It holds no learning rate scheduler: load with `load_lr_scheduler_states=False`.
+stages, which its own universal files do not allow. It leaves frozen weights and buffers as the engine has them. At
+ZeRO-3 with several parameter groups it gives all of them one step tensor, which Adam then counts once per group: clone
+each `state["step"]` after loading. It holds no learning rate scheduler: load with `load_lr_scheduler_states=False`.
 
 **fp32 masters.** A checkpoint keeps fp32 masters of what it trains. `huggingface` rounds to bf16 unless told otherwise:
 converted back from there, weights are the rounded ones.
