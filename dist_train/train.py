@@ -138,6 +138,12 @@ class Trainer:
         Raises:
             UserError: bad input, or a loss or gradient that is not finite.
         """
+        stopped = self.loop(display, stop)
+        self.saver.finish()
+        return stopped
+
+    def loop(self, display: Display, stop: StopFlag) -> bool:
+        """`fit`, but for a checkpoint that may still be written at the end."""
         progress = self.progress
         while progress.epoch < self.recipe.training.epochs:
             plan = self.plan(progress.epoch)
@@ -146,24 +152,16 @@ class Trainer:
                 if ended:
                     progress.epoch, progress.epoch_step = progress.epoch + 1, 0
                 self.saver.poll()
-                saved = self.validation_due(ended)
-                if saved:
+                stopped = any_rank(stop.raised)
+                if self.validation_due(ended):
                     self.validate(display)
-                elif self.recipe.checkpoint.due(progress.step):
-                    saved = True
+                elif stopped or self.recipe.checkpoint.due(progress.step):
                     self.save()
-                if any_rank(stop.raised):
-                    if not saved:
-                        self.save()
-                    self.saver.finish()
+                if stopped:
                     return True
                 patience = self.recipe.training.patience
                 if patience is not None and progress.validations_since_best >= patience:
-                    break
-            else:
-                continue
-            break
-        self.saver.finish()
+                    return False
         return False
 
     def steps(self, plan: EpochPlan, display: Display) -> Any:

@@ -22,14 +22,18 @@ def load(engine: Any, checkpoint: Portable) -> None:
     Raises:
         UserError: moments are missing or of other shapes.
     """
-    stored = bool(checkpoint.names("optimizer"))
+    stored = set(checkpoint.names("optimizer"))
     if stored:
         create_moments(engine)
     for name, parameter in trainables(engine.module).items():
-        set_master(engine, parameter, checkpoint.tensor("model", name).to(parameter.device))
+        set_master(engine, parameter, checkpoint.tensor("model", name))  # mapped: only the share is read and copied
         for which in MOMENTS if stored else ():
-            value = moment_of(checkpoint, which, name, list(getattr(parameter, "ds_shape", parameter.shape)))
-            set_moment(engine, parameter, which, value.to(parameter.device))
+            key, shape = f"{which}.{name}", list(getattr(parameter, "ds_shape", parameter.shape))
+            found = checkpoint.shape("optimizer", key) if key in stored else None
+            if found != shape:
+                problem = f"has {key} of shape {found}, this model needs {shape}"
+                raise UserError(str(checkpoint.directory), problem, RECIPE)
+            set_moment(engine, parameter, which, checkpoint.tensor("optimizer", key))
     if stored:
         set_adam_step(engine, adam_step(checkpoint))
 
@@ -44,19 +48,6 @@ def adam_step(checkpoint: Portable) -> int:
     if not isinstance(step, int) or step < 1:
         raise UserError(str(checkpoint.directory / "state.json"), f"has adam_step {step!r}", "Use another checkpoint.")
     return step
-
-
-def moment_of(checkpoint: Portable, which: str, name: str, shape: list[int]) -> Tensor:
-    """A moment of a parameter.
-
-    Raises:
-        UserError: it is missing or has another shape.
-    """
-    key = f"{which}.{name}"
-    found = checkpoint.shape("optimizer", key) if key in checkpoint.names("optimizer") else None
-    if found != shape:
-        raise UserError(str(checkpoint.directory), f"has {key} of shape {found}, this model needs {shape}", RECIPE)
-    return checkpoint.tensor("optimizer", key)
 
 
 def load_weights(module: nn.Module, checkpoint: Portable) -> None:

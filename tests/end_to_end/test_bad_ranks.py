@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dist_train.evaluate import find_checkpoint, load_trained
 from dist_train.recipe import load_recipe
 from dist_train.run_directory import RunDirectory
-from sharding.errors import UserError
+from sharding.errors import UserError, UserErrors
 from sharding.portable import Portable
 from sharding.shard_writer import pack_sample, write_dataset
 from sharding.shards import Dims, Split, load_dataset
@@ -201,6 +202,19 @@ def test_damage_of_a_run_is_told_before_it_is_evaluated(how: str, finished: Path
     with pytest.raises(UserError, match=DAMAGE[how]) as caught:
         load_trained(run, load_recipe(run.recipe), find_checkpoint(run, "best"))
     assert str(run.path) in str(caught.value)
+
+
+@pytest.mark.slow
+def test_another_frozen_base_is_refused_unless_it_is_meant(finished: Path) -> None:
+    """The language model's head is frozen; another seed makes another one."""
+    run = RunDirectory(finished)
+    other = load_recipe(run.recipe, ["seed=4"])
+    best = find_checkpoint(run, "best")
+    with pytest.raises(UserErrors, match=r"other frozen weights of text\.pretrained .* --accept-other-base"):
+        load_trained(run, other, best)
+    model, _ = load_trained(run, other, best, accept_other_base=True)
+    trained = dict(Portable(best).tensors("model"))
+    assert trained and all(torch.equal(value, model.state_dict()[name]) for name, value in trained.items())
 
 
 @pytest.mark.slow
