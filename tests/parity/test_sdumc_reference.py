@@ -12,51 +12,10 @@ from torch import Tensor
 from dist_train.fusion import FlowOutput, FusionNetwork, FusionSettings, FusionWidths
 from dist_train.imagination import ImaginationSettings, Skip
 from dist_train.losses import LossSettings, double_flow_loss
+from tools.convert.sdumc import FUSION, UNUSED, our_name
 
 REFERENCE = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "sdumc_reference.safetensors"
 SKIPS: list[Skip] = ["text", "transition"]
-
-# In the official state_dict, though its forward never uses them.
-UNUSED = ("fc_out_e.", "fc_out_ev.", "prelu.", "normali.", "layer_normali.")
-OFFICIAL_TO_OURS = {
-    "attention_mlp.": "modality_gate.mlp.",
-    "fc_att.": "modality_gate.weights.",
-    "cross_attention_mlp.": "view_gate.mlp.",
-    "cross_fc_att.": "view_gate.weights.",
-    "fc_out_v.": "head.",
-    "orgin_linear_change.": "rnc_head.",
-}
-for index, modality in enumerate(("audio", "text", "video")):
-    OFFICIAL_TO_OURS |= {
-        f"frame_dim_reshape_{index}.": f"projections.{index}.",
-        f"fra2utt_{index}.attention_context_vector": f"pooled_attention.{index}.query",
-        f"fra2utt_{index}.input_proj.": f"pooled_attention.{index}.key.",
-        f"{modality}_mlp.": f"pooled_attention.{index}.mlp.",
-        f"cross_att_fra2utt_{index}.query_proj.": f"view_attention.{index}.query.",
-        f"cross_att_fra2utt_{index}.input_proj.": f"view_attention.{index}.key.",
-        f"cross_{modality}_mlp.": f"view_attention.{index}.mlp.",
-    }
-for official, ours in {
-    "fused": "avt",
-    "at": "at",
-    "tv": "tv",
-    "av": "av",
-    "audio": "a",
-    "text": "t",
-    "video": "v",
-}.items():
-    OFFICIAL_TO_OURS[f"cross_{official}_query_mlp."] = f"views.{ours}."
-for official, ours in {"text": "pooled", "cross_text_query": "views"}.items():
-    OFFICIAL_TO_OURS |= {
-        f"missing_{official}_imagination_mlp.transition.": f"{ours}_imagination.transition.",
-        f"missing_{official}_imagination_mlp.encoder_0.0.": f"{ours}_imagination.encoder.",
-        f"missing_{official}_imagination_mlp.decoder_0.0.": f"{ours}_imagination.decoder.",
-    }
-
-
-def our_name(official: str) -> str:
-    (prefix,) = [prefix for prefix in OFFICIAL_TO_OURS if official.startswith(prefix)]
-    return OFFICIAL_TO_OURS[prefix] + official.removeprefix(prefix)
 
 
 def full(x: Tensor) -> Tensor:
@@ -71,7 +30,10 @@ def test_equals_the_official_code(skip: Skip) -> None:
     audio, vision, labels = (reference[f"in.{name}"] for name in ("audio", "vision", "label"))
     widths = FusionWidths(audio.shape[2], reference["in.text"].shape[2], vision.shape[2])
     fusion = FusionNetwork(widths, FusionSettings(), ImaginationSettings(skip=skip)).eval()
-    fusion.load_state_dict({our_name(k): v for k, v in weights.items() if not k.startswith(UNUSED)}, strict=True)
+    names = {name: our_name(name) for name in weights if not name.startswith(UNUSED)}
+    fusion.load_state_dict(
+        {ours.removeprefix(FUSION): weights[name] for name, ours in names.items() if ours}, strict=True
+    )
 
     real, simulated = reference["in.text"], reference["in.simulated"]
     inputs = [x for sequence in (audio, real, simulated, vision) for x in (sequence, full(sequence))]
