@@ -89,7 +89,7 @@ def test_a_file_that_never_answers(corpus: Path, recipe: Path, tmp_path: Path) -
     line, _ = hang(copied, output, cause)
     assert "in phase data" in line or "in phase evaluation: data" in line
     stacks = "".join(path.read_text() for path in (output / "logs").glob("*.stacks.txt"))
-    assert "in _descriptor" in stacks
+    assert "in descriptor" in stacks
 
 
 @pytest.mark.slow
