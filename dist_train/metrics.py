@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from torchmetrics.functional import mean_absolute_error
-from torchmetrics.functional.classification import binary_accuracy, multiclass_accuracy, multiclass_f1_score
+from torch.nn.functional import l1_loss
 
 Metrics = dict[str, float | None]
 
@@ -29,6 +28,8 @@ def _binary(prediction: Tensor, label: Tensor) -> tuple[float | None, float | No
     """Accuracy and class-weighted F1 of two bool vectors; None for both if they are empty."""
     if not len(label):
         return None, None
+    from torchmetrics.functional.classification import binary_accuracy, multiclass_f1_score  # noqa: PLC0415  see below
+
     classes = prediction.long(), label.long()
     return binary_accuracy(*classes).item(), multiclass_f1_score(*classes, num_classes=2, average="weighted").item()
 
@@ -48,6 +49,8 @@ def valence_metrics(prediction: ArrayLike | Tensor, label: ArrayLike | Tensor) -
     Raises:
         ValueError: no clips, two lengths, or a value that is not finite.
     """
+    from torchmetrics.functional.classification import multiclass_accuracy  # noqa: PLC0415  takes a second to import
+
     prediction, label = _vector(prediction), _vector(label)
     if len(prediction) != len(label):
         raise ValueError(f"{len(prediction)} predictions for {len(label)} labels")
@@ -57,7 +60,7 @@ def valence_metrics(prediction: ArrayLike | Tensor, label: ArrayLike | Tensor) -
     acc2_has0, f1_has0 = _binary(prediction >= 0, label >= 0)
     seven = (_seven_classes(prediction), _seven_classes(label))
     return {
-        "mae": mean_absolute_error(prediction, label).item(),
+        "mae": l1_loss(prediction, label).item(),
         # torchmetrics' Pearson warns at every evaluation of a model that is still nearly constant.
         "corr": 0.0 if constant else torch.corrcoef(torch.stack((prediction, label)))[0, 1].item(),
         "acc2_nonzero": acc2_nonzero,
@@ -83,7 +86,7 @@ def floors(train_labels: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> Metr
     labels = _vector(labels)
     positive = valence_metrics(torch.ones_like(labels), labels)
     return {
-        "mae": mean_absolute_error(torch.full_like(labels, median), labels).item(),
+        "mae": l1_loss(torch.full_like(labels, median), labels).item(),
         "acc2_nonzero": positive["acc2_nonzero"],
         "acc2_has0": positive["acc2_has0"],
     }
