@@ -39,4 +39,4 @@ def test_ranks_share_the_pages_of_a_frozen_base(tokenizer: PreTrainedTokenizerBa
 
 def test_ranks_with_other_frozen_weights_are_told(tmp_path: Path) -> None:
     told = run_ranks("other_bases", 2, tmp_path, module="tests.dist_train.work_loading")
-    assert "other frozen weights on rank 1 than on rank 0" in told and told.startswith("audio.pretrained")
+    assert "other frozen weights on rank 1 than on rank 0" in told and told.startswith("text.pretrained")

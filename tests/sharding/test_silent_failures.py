@@ -162,4 +162,4 @@ def test_deepspeed_loads_a_checkpoint_onto_another_frozen_base(kind: str, stage:
 def test_our_checkpoint_is_refused_on_another_frozen_base(stage: str, loaded: dict[str, Any]) -> None:
     assert loaded[stage]["ours, same"] is None
     refused = loaded[stage]["ours, other"]
-    assert "step_00000002: was trained on other frozen weights than those loaded now" in refused
+    assert "step_00000002: was trained on other frozen weights of base than those loaded now" in refused
