@@ -32,7 +32,7 @@ from sharding.watchdog import Watchdog
 
 # Of torch's own calls inside transformers' WavLM and DeepSpeed; nothing a user could change.
 warnings.filterwarnings("ignore", message="Support for mismatched key_padding_mask")
-warnings.filterwarnings("ignore", message="`torch.distributed.all_gather_into_tensor` is deprecated")
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated")
 
 
 def run_training(
