@@ -58,11 +58,13 @@ def share(engine: Any, parameter: Any) -> Share | None:
 
 def whole(engine: Any, parameter: Any, value: Any, to: int | None = None) -> Tensor:
     """Puts value(share) of all ranks together, in the parameter's shape, on every rank or on rank `to`; the others
-    then get some tensor of that shape (collective).
+    then get some tensor of that shape. Collective, but for a `to` whose share is all of it: it asks nobody.
     """
     shape = getattr(parameter, "ds_shape", parameter.shape)
-    flat = torch.zeros(shape.numel(), device=device())
     own = share(engine, parameter)
+    if to == dist.get_rank() and own is not None and own.count == shape.numel():
+        return value(own).detach().view(shape)
+    flat = torch.zeros(shape.numel(), device=device())
     if own is not None:
         flat[own.offset : own.offset + own.count] = value(own).detach()
     if sharded(parameter) and to is None:

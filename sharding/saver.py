@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from sharding import portable
 from sharding.checkpoint import buffers, trainables
 from sharding.collectives import any_rank, gather_objects, together
-from sharding.engine_state import MOMENTS, adam_step, master, moment
+from sharding.engine_state import MOMENTS, adam_step, master, moment, share
 from sharding.errors import UserError
 from sharding.heartbeat import beat
 from sharding.portable import Entry, Kind
@@ -185,14 +186,20 @@ def unwritable(directory: Path, error: OSError) -> UserError:
 
 
 def owned(engine: Any) -> Iterator[tuple[Kind, str, Tensor]]:
-    """What this rank writes: whole tensors, so that everyone can read them, spread over the ranks by size. The ranks
-    put each tensor together at its owner (collective; take all of it).
+    """What this rank writes: whole tensors, so that everyone can read them. Each is written by the rank that holds most
+    of it; what no rank holds whole is put together there (collective; take all of it).
     """
     parameters, rank = trainables(engine.module), dist.get_rank()
-    owners = spread({name: getattr(p, "ds_numel", p.numel()) for name, p in parameters.items()}, dist.get_world_size())
+    sizes = {name: int(getattr(one, "ds_numel", one.numel())) for name, one in parameters.items()}
+    parts = {name: share(engine, one) for name, one in parameters.items()}
+    counts = gather_objects({name: 0 if part is None else part.count for name, part in parts.items()})
+    most = {name: max(held[name] for held in counts) for name in sizes}
+    owners = spread(sizes, {name: [r for r, held in enumerate(counts) if held[name] == most[name]] for name in sizes})
     stepped = adam_step(engine) > 0
     for name, parameter in parameters.items():
         owner = owners[name]
+        if owner != rank and most[name] == sizes[name]:
+            continue
         value = master(engine, parameter, to=owner)
         if owner == rank:
             yield "model", name, value
@@ -201,16 +208,17 @@ def owned(engine: Any) -> Iterator[tuple[Kind, str, Tensor]]:
             if owner == rank:
                 yield "optimizer", f"{which}.{name}", value
     held = buffers(engine.module)
-    for name, owner in spread({name: value.nbytes for name, value in held.items()}, dist.get_world_size()).items():
+    everyone = range(dist.get_world_size())
+    for name, owner in spread({name: one.nbytes for name, one in held.items()}, dict.fromkeys(held, everyone)).items():
         if owner == rank:
             yield "model", name, held[name]
 
 
-def spread(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
-    """The rank of each name, so that all have about the same sum; the same on every rank."""
-    loads = [0] * ranks
+def spread(sizes: Mapping[str, int], candidates: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """One of the candidate ranks for each name, so that all have about the same sum; the same on every rank."""
+    loads: Counter[int] = Counter()
     owners = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owners[name] = loads.index(min(loads))
+        owners[name] = min(candidates[name], key=lambda rank: (loads[rank], rank))
         loads[owners[name]] += sizes[name]
     return owners
