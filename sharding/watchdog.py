@@ -22,12 +22,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 from torch import nn
 
-from sharding.collectives import gather_objects
+from sharding.collectives import gather_objects, together
 from sharding.errors import UserError
 from sharding.heartbeat import listeners
 from sharding.launch import HUNG, report_errors
@@ -94,7 +94,7 @@ class Watchdog:
             self.store = self._connect(port)
         self._tell()
         dist.barrier()  # everyone has told something
-        self._stacks = (self.logs / f"rank_{self.rank}.stacks.txt").open("w")
+        self._stacks = together(self._open_stacks)
         # Data workers inherit it.
         faulthandler.register(signal.SIGUSR1, file=self._stacks, all_threads=True)
         listeners.append(self)
@@ -125,6 +125,10 @@ class Watchdog:
             is_master=self.rank == 0,
             wait_for_workers=False,
         )
+
+    def _open_stacks(self) -> TextIO:
+        self.logs.mkdir(parents=True, exist_ok=True)  # a run that was moved may lack it
+        return (self.logs / f"rank_{self.rank}.stacks.txt").open("w")
 
     def watch(self, model: nn.Module) -> None:
         """From now on modules of this model are named."""
@@ -190,8 +194,8 @@ class Watchdog:
         frames = list(stack(sys._current_frames().get(self._main)))
         # Only where it is in question: a frame whose variables were read keeps them alive until it returns.
         asked = self.place.idle > self.seconds / 3
-        found = (self.modules.get(id(frame.f_locals.get("self"))) for frame in frames) if asked else iter(())
-        self.place.module = next((name for name in found if name), None)
+        found = [self.modules.get(id(frame.f_locals.get("self"))) for frame in frames] if asked else []
+        self.place.module = next(filter(None, found), None)
         waits = self.place.waits or any(frame.f_code.co_filename.endswith("distributed_c10d.py") for frame in frames)
         self.place.turn += 1
         self.store.set(f"rank {self.rank}", json.dumps({**vars(self.place), "waits": waits}))
