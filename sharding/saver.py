@@ -7,7 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,7 @@ class Saver:
     happens in the next `poll` or `finish` after that; until then, and if anything fails, earlier checkpoints count.
 
     Args:
-        root: the run's directory of checkpoints, on a file system that all ranks share.
+        root: the run's directory of checkpoints, on a file system that all ranks share. A saver serves one engine.
         settings: of the recipe.
         pointers: what the checkpoint that the run continues from pointed to.
     """
@@ -61,6 +61,7 @@ class Saver:
         self.root, self.settings = root, settings
         self.pointers = dict(pointers)
         self.shares: dict[Kind, dict[str, Tensor]] = {kind: {} for kind in get_args(Kind)}
+        self.owners: dict[str, Owner] = {}  # who holds what does not change during a run
         self.pending: _Writing | None = None
 
     def save(self, engine: Any, step: int, state: dict[str, Any], pointers: Collection[str] = ()) -> None:
@@ -76,7 +77,7 @@ class Saver:
         self.finish()
         directory = step_directory(self.root, step)
         self.pointers.update(dict.fromkeys(pointers, step))
-        state = {"format": portable.FORMAT, **state, "adam_step": adam_step(engine), "pointers": self.pointers.copy()}
+        state = {**state, "adam_step": adam_step(engine), "pointers": self.pointers.copy()}
         beat("saving")
         self._copy(engine)
         together(lambda: _begin(directory))
@@ -104,18 +105,15 @@ class Saver:
         """Brings this rank's share of weights and moments up to date in its own memory, which is kept from save to
         save: fresh memory would cost more than the copy.
         """
-        kept: dict[Kind, set[str]] = {kind: set() for kind in self.shares}
-        for kind, name, value in owned(engine):
-            kept[kind].add(name)
-            share = self.shares[kind]
-            if name not in share:
-                pinned = value.is_cuda
-                share[name] = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=pinned)
-            share[name].copy_(value, non_blocking=True)
+        if not self.owners:
+            self.owners = owners_of(engine)
+        for kind, name, value in owned(engine, self.owners):
+            kept = self.shares[kind]
+            if name not in kept:
+                kept[name] = torch.empty(value.shape, dtype=value.dtype, device="cpu", pin_memory=value.is_cuda)
+            kept[name].copy_(value, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
-        for kind, names in kept.items():
-            self.shares[kind] = {name: self.shares[kind][name] for name in names}
 
     def _complete(self, done: _Writing) -> None:
         self.pending = None
@@ -185,20 +183,39 @@ def unwritable(directory: Path, error: OSError) -> UserError:
     )
 
 
-def owned(engine: Any) -> Iterator[tuple[Kind, str, Tensor]]:
-    """What this rank writes: whole tensors, so that everyone can read them. Each is written by the rank that holds most
-    of it; what no rank holds whole is put together there (collective; take all of it).
-    """
-    parameters, rank = trainables(engine.module), dist.get_rank()
+class Owner(NamedTuple):
+    """Which rank writes a tensor, and whether it holds all of it."""
+
+    rank: int
+    alone: bool
+
+
+def owners_of(engine: Any) -> dict[str, Owner]:
+    """Of each trainable the rank that holds most of it, of each buffer any; by size about the same (collective)."""
+    parameters, held = trainables(engine.module), buffers(engine.module)
+    everyone = range(dist.get_world_size())
     sizes = {name: int(getattr(one, "ds_numel", one.numel())) for name, one in parameters.items()}
-    parts = {name: share(engine, one) for name, one in parameters.items()}
-    counts = gather_objects({name: 0 if part is None else part.count for name, part in parts.items()})
-    most = {name: max(held[name] for held in counts) for name in sizes}
-    owners = spread(sizes, {name: [r for r, held in enumerate(counts) if held[name] == most[name]] for name in sizes})
+    parts = [share(engine, one) for one in parameters.values()]
+    counts = gather_objects([0 if part is None else part.count for part in parts])
+    most = dict(zip(sizes, map(max, zip(*counts, strict=True)), strict=True))
+    candidates: dict[str, Sequence[int]] = {
+        name: [rank for rank in everyone if counts[rank][place] == most[name]] for place, name in enumerate(sizes)
+    }
+    ranks = spread(sizes, candidates) | spread(
+        {name: one.numel() for name, one in held.items()}, dict.fromkeys(held, everyone)
+    )
+    return {name: Owner(rank, name in held or most[name] == sizes[name]) for name, rank in ranks.items()}
+
+
+def owned(engine: Any, owners: Mapping[str, Owner]) -> Iterator[tuple[Kind, str, Tensor]]:
+    """What this rank writes: whole tensors, so that everyone can read them. What no rank holds whole is put together at
+    its owner (collective; take all of it).
+    """
+    rank = dist.get_rank()
     stepped = adam_step(engine) > 0
-    for name, parameter in parameters.items():
-        owner = owners[name]
-        if owner != rank and most[name] == sizes[name]:
+    for name, parameter in trainables(engine.module).items():
+        owner, alone = owners[name]
+        if owner != rank and alone:
             continue
         value = master(engine, parameter, to=owner)
         if owner == rank:
@@ -207,11 +224,9 @@ def owned(engine: Any) -> Iterator[tuple[Kind, str, Tensor]]:
             value = moment(engine, parameter, which, to=owner)
             if owner == rank:
                 yield "optimizer", f"{which}.{name}", value
-    held = buffers(engine.module)
-    everyone = range(dist.get_world_size())
-    for name, owner in spread({name: one.nbytes for name, one in held.items()}, dict.fromkeys(held, everyone)).items():
-        if owner == rank:
-            yield "model", name, held[name]
+    for name, value in buffers(engine.module).items():
+        if owners[name].rank == rank:
+            yield "model", name, value
 
 
 def spread(sizes: Mapping[str, int], candidates: Mapping[str, Sequence[int]]) -> dict[str, int]:
