@@ -315,6 +315,9 @@ class Measured(BaseModel):
     foretold_wire_bytes: dict[str, int]
     step_seconds: float | None = Field(None, description="Mean over the run; null while it goes on.")
     mfu: float | None = Field(None, description="Model FLOPs utilisation over the run.")
+    exchange_steps: int | None = Field(None, description="Steps after the measured one over which the next two are means.")
+    exchange_seconds: float | None = Field(None, description="Of rank 0 in collectives, per step.")
+    transfer_seconds: float | None = Field(None, description="Of these with all ranks there: the rest was waiting.")
 
 
 class Plan(BaseModel):
