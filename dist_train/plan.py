@@ -100,10 +100,11 @@ class Planner:
         simulation = self.recipe.simulation
         return 1 / simulation.refresh_epochs if simulation.rollout == "cached" else 1.0
 
-    def on(self, nodes: int) -> Planner:
-        """The same on more nodes."""
+    def on(self, nodes: int, per_node: int | None = None) -> Planner:
+        """The same on another number of nodes, and of ranks of each."""
         other = copy.copy(self)
-        other.nodes, other.world, other.traces = nodes, nodes * self.per_node, {}
+        other.nodes, other.per_node, other.traces = nodes, per_node or self.per_node, {}
+        other.world = other.nodes * other.per_node
         return other
 
     def trace(self, clips: Sequence[Clip], rows: int, *, zero3: bool) -> MicroStep:
@@ -315,7 +316,9 @@ class Measured(BaseModel):
     foretold_wire_bytes: dict[str, int]
     step_seconds: float | None = Field(None, description="Mean over the run; null while it goes on.")
     mfu: float | None = Field(None, description="Model FLOPs utilisation over the run.")
-    exchange_steps: int | None = Field(None, description="Steps after the measured one over which the next two are means.")
+    exchange_steps: int | None = Field(
+        None, description="Steps after the measured one over which the next two are means."
+    )
     exchange_seconds: float | None = Field(None, description="Of rank 0 in collectives, per step.")
     transfer_seconds: float | None = Field(None, description="Of these with all ranks there: the rest was waiting.")
 

@@ -183,7 +183,7 @@ class Trainer:
         )
         for epoch_step in range(progress.epoch_step, plan.steps):
             started, waited = time.perf_counter(), 0.0
-            since = None if self.ended is None else started - self.ended
+            since: float | None = None if self.ended is None else started - self.ended
             beat("data", progress.step)
 
             def next_batch() -> Any:
