@@ -117,7 +117,7 @@ class Foresight:
         counts = plan.rows(epoch_step)  # of each rank in each micro-step: the loss pads them to the most of any rank
         exact = self.recipe.training.accumulated_loss == "exact"
         most = max(map(sum, zip(*counts, strict=True))) if exact else sum(map(max, counts))
-        foretold = self.planner.predict(clips, rank=0, gathered=most)
+        foretold = self.planner.predict(clips, rank=0, gathered=most, of=len(plan.batch(epoch_step)))
         self.planner.traces.clear()
         self.write(
             Measured(

@@ -9,9 +9,8 @@ from copy import copy
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from dist_train.plan import Planner, Prediction
+from dist_train.plan import Planner, Prediction, predict_epoch
 from dist_train.plan_corpus import Corpus, Load, corpus_of, load_of
-from dist_train.plan_model import Clip
 from dist_train.recipe import Recipe
 from sharding.errors import UserError
 from sharding.hardware import GIB, Hardware
@@ -19,6 +18,7 @@ from sharding.hardware import GIB, Hardware
 MOST = 2**20  # GPUs
 SLOWER, LATER = 4, 10  # the pessimistic case: links by so many times slower, collectives by so many times later
 POOR = 0.8  # efficiency below which the reason is told
+FEW = 10  # steps per epoch below which their middle one is rough
 
 
 class World(BaseModel):
@@ -97,12 +97,13 @@ def model_scaling(recipe: Recipe, hardware: Hardware, worlds: Sequence[int], per
     loads: list[Load] = []
     for world in worlds:
         batch = recipe.data.batch * world // worlds[0]
-        loads.append(load_for(recipe, corpus, batch, world))
-        weak.append(foretell(planner, loads[-1], batch, world, per_node, weak, even=loads[0].typical))
+        larger = recipe.model_copy(update={"data": recipe.data.model_copy(update={"batch": batch})})
+        loads.append(load_of(larger, corpus, world))
+        weak.append(foretell(planner_for(planner, larger, world, per_node), loads[-1], weak, even=loads[0]))
     for world in feeds:
-        load = load_for(recipe, corpus, recipe.data.batch, world)
-        strong.append(foretell(planner, load, recipe.data.batch, world, per_node, strong))
-    notes = [*planner.notes, *remarks(recipe, weak, strong, loads, worlds)]
+        load = load_of(recipe, corpus, world)
+        strong.append(foretell(planner_for(planner, recipe, world, per_node), load, strong))
+    notes = [*planner.notes, *remarks(recipe, weak, strong, loads[-1], worlds[-1])]
     return Curve(
         hardware=hardware,
         per_node=per_node,
@@ -114,27 +115,24 @@ def model_scaling(recipe: Recipe, hardware: Hardware, worlds: Sequence[int], per
     )
 
 
-def load_for(recipe: Recipe, corpus: Corpus, batch: int, world: int) -> Load:
-    """How the clips fall on the ranks with another global batch."""
-    return load_of(recipe.model_copy(update={"data": recipe.data.model_copy(update={"batch": batch})}), corpus, world)
-
-
-def foretell(
-    planner: Planner,
-    load: Load,
-    batch: int,
-    world: int,
-    per_node: int,
-    before: Sequence[World],
-    even: Sequence[Sequence[Clip]] | None = None,
-) -> World:
-    """A step on this world; `before`: the smaller worlds of the same curve."""
+def planner_for(planner: Planner, recipe: Recipe, world: int, per_node: int) -> Planner:
+    """The planner on so many GPUs, with this recipe's batch."""
     there = planner.on(max(world // per_node, 1), min(world, per_node))
-    worst = [load.worst] * len(load.typical)
-    found = there.predict(worst, typical=load.typical)
-    slow = slower(there).predict(worst, typical=load.typical)
-    like = None if even is None else there.predict(even) if before else found
+    there.recipe = planner.recipe.model_copy(update={"data": recipe.data})
+    return there
+
+
+def foretell(planner: Planner, load: Load, before: Sequence[World], even: Load | None = None) -> World:
+    """A step.
+
+    Args:
+        before: the smaller worlds of the same curve.
+        even: how the clips fall on the ranks of the first world.
+    """
+    found, slow = predict_epoch(planner, load), predict_epoch(slower(planner), load)
+    like = found if even is load else even and predict_epoch(planner, even)
     first = before[0] if before else None
+    batch, world = planner.recipe.data.batch, planner.world
 
     def efficiency(prediction: Prediction) -> float:
         if first is None:
@@ -144,7 +142,7 @@ def foretell(
     step = found.seconds["step"]
     return World(
         gpus=world,
-        nodes=there.nodes,
+        nodes=planner.nodes,
         batch=batch,
         clips=batch / world,
         micro_steps=found.micro_steps,
@@ -178,7 +176,10 @@ def slower(planner: Planner) -> Planner:
 def assumptions(recipe: Recipe, corpus: Corpus, hardware: Hardware, per_node: int, decoding: float) -> Iterable[str]:
     """What the curve rests on, in words."""
     reached, moved = hardware.matrix_efficiency, hardware.bandwidth_efficiency
-    yield f"Lengths of clips: {corpus.source}. A step waits for its slowest rank; which rank that is, is not averaged."
+    yield (
+        f"Lengths of clips: {corpus.source}. A step takes as long as its slowest rank's; of an epoch's steps the "
+        "one in the middle is taken."
+    )
     yield (
         f"{hardware.name}: {hardware.flops_16bit / 1e12:.0f} TFLOP/s in 16 bits, {hardware.flops_32bit / 1e12:.1f} in "
         f"fp32, {reached:.0%} of it reached; {hardware.bandwidth / 1e12:.2f} TB/s of memory, {moved:.0%} reached; at "
@@ -201,24 +202,23 @@ def assumptions(recipe: Recipe, corpus: Corpus, hardware: Hardware, per_node: in
     else:
         yield "Overlap: none. Gradients are exchanged when they are ready, and computation waits for it."
     if recipe.simulation.decodes:
-        yield f"Decoding: in {decoding:.0%} of the steps, the same share on all ranks; every rank waits for the longest."
+        yield f"Decoding: in {decoding:.0%} of the steps, the same ones on all ranks."
     yield "Not in the model: loading of clips, validation, checkpoints, jitter of the system, failures."
 
 
-def remarks(
-    recipe: Recipe, weak: Sequence[World], strong: Sequence[World], loads: Sequence[Load], worlds: Sequence[int]
-) -> Iterable[str]:
-    """Where scaling ends, and why."""
+def remarks(recipe: Recipe, weak: Sequence[World], strong: Sequence[World], load: Load, largest: int) -> Iterable[str]:
+    """Where scaling ends, and why; `load`: of the largest world under weak scaling."""
     batch, last, end = recipe.data.batch, weak[-1], strong[-1]
     most = batch // recipe.training.accumulation
-    if worlds[-1] > most:
-        beyond = f"{worlds[-1]} GPUs would have {batch / worlds[-1]:.2f} clips each"
+    if largest > most:
+        beyond = f"{largest} GPUs would have {batch / largest:.2f} clips each"
         yield f"Strong scaling ends at {end.gpus} GPUs: a batch of {batch} feeds at most {most}; {beyond}."
     poor = next((world for world in strong if world.efficiency < POOR), None)
     if poor is not None:
         yield (
             f"Strong: {poor.clips:.1f} clips per GPU on {poor.gpus} GPUs reach {poor.efficiency:.0%}. What a rank does "
-            f"for its longest clip, however few it has, does not shrink; exchange is {poor.exchange_share:.1%} of the step."
+            "for its longest clip does not shrink with the number of its clips; exchange is "
+            f"{poor.exchange_share:.1%} of the step."
         )
     if last.efficiency < POOR and last.even_efficiency is not None:
         budget = "" if recipe.data.budget else "; data.budget, which is not set, levels the ranks"
@@ -227,11 +227,11 @@ def remarks(
             f"the rest is waiting for the rank with the longest clips{budget}."
         )
     yield (
-        f"Weak: the batch grows to {last.batch} clips, {loads[-1].steps} steps per epoch of {loads[-1].clips} clips. How "
-        "well such batches train is not a question of speed and not answered here."
+        f"Weak: the batch grows to {last.batch} clips, {load.steps} steps per epoch of {load.clips} clips. How well "
+        "such batches train is not a question of speed and not answered here."
     )
-    if loads[-1].steps < 10:
-        yield f"Weak: an epoch of {loads[-1].steps} steps shows few draws of the slowest rank; the last points are rough."
+    if load.steps < FEW:
+        yield f"Weak: {load.steps} steps per epoch are few draws of the slowest rank; the last points are rough."
     for world in (*weak, *strong):
         if not world.fits:
             yield f"{world.gpus} GPUs, batch {world.batch}: {world.device_bytes / GIB:.0f} GiB do not fit."
