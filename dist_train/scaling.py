@@ -192,7 +192,9 @@ def mean(values: np.ndarray) -> float | None:
 
 
 def waiting(runs: Sequence[Timed]) -> float | None:
-    """Share of the time in collectives that was waiting, over the steps of plan.json in which it was looked at."""
+    """Share of the time in collectives that was waiting, over the steps of plan.json in which it was looked at; None on one rank."""
+    if runs[0].world == 1:
+        return None
     whole = transfer = 0.0
     for run in runs:
         found = numbers(get(run.plan, "measured"))
