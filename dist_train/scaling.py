@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from dist_train.interval import RUNS, Estimate, ratio
-from dist_train.scaling_runs import Timed, get, numbers, read_runs
+from dist_train.scaling_runs import Timed, get, listed, numbers, read_runs
+from sharding.errors import plain
 from sharding.hardware import ring_bytes
 
 OPENING = 0.05  # share of the time in first steps of epochs from which it is told
@@ -126,10 +127,10 @@ def measure_scaling(places: Sequence[Path]) -> Scaling:
     rates = [rate(group) for group in groups.values()]
     series = list(series_of(points, rates))
     return Scaling(
-        hardware=", ".join(map(str, dict.fromkeys(get(runs[0].environment, "gpus") or []))) or "CPU",
+        hardware=plain(", ".join(dict.fromkeys(map(str, listed(runs[0].environment.get("gpus")))))) or "CPU",
         points=points,
         series=series,
-        notes=[*notes, *remarks(points, series)],
+        notes=[*map(plain, notes), *remarks(points, series)],
     )
 
 
@@ -192,7 +193,7 @@ def mean(values: np.ndarray) -> float | None:
 
 
 def waiting(runs: Sequence[Timed]) -> float | None:
-    """Share of the time in collectives that was waiting, over the steps of plan.json in which it was looked at; None on one rank."""
+    """Share of the time in collectives that was waiting, in the steps in which it was looked at; None on one rank."""
     if runs[0].world == 1:
         return None
     whole = transfer = 0.0
@@ -228,7 +229,7 @@ def foretold(run: Timed) -> Foretold | None:
     if not step > 0:
         return None
     return Foretold(
-        hardware=str(get(run.plan, "hardware", "name")),
+        hardware=plain(str(get(run.plan, "hardware", "name"))),
         step_seconds=step,
         clips_per_second=run.batch / step,
         exchange_share=seconds.get("exchange", 0.0) / step,

@@ -130,8 +130,9 @@ def timed(run: Run, notes: list[str]) -> Timed:
         raise UserError(name, "has no readable recipe.yaml with a data.batch", remedy)
     if not run.steps:
         raise UserError(name, "has logged no step", remedy)
-    places = [number(run.plan.get(key)) for key in ("nodes", "per_node")]
-    worlds = [places[0] * places[1], run.column("world_size")[-1]]
+    nodes, per_node = (number(run.plan.get(key)) for key in ("nodes", "per_node"))
+    placed = min(nodes, per_node) >= 1 and nodes % 1 == per_node % 1 == 0
+    worlds = [nodes * per_node if placed else math.nan, run.column("world_size")[-1]]
     worlds += [number(record.get("world_size")) for record in (run.summary, run.environment)]
     world = next((value for value in worlds if value >= 1), math.nan)
     if math.isnan(world):
@@ -144,7 +145,7 @@ def timed(run: Run, notes: list[str]) -> Timed:
     others = int((np.nan_to_num(run.column("world_size"), nan=world) != world).sum())
     if others:
         notes.append(f"{name}: {others} steps were made on other than {world:.0f} ranks and are not counted.")
-    if math.isnan(places[0]):
+    if not placed:
         notes.append(f"{name}: without plan.json it has no prediction, and its nodes are not known.")
     phases = np.array(
         [
@@ -167,7 +168,7 @@ def timed(run: Run, notes: list[str]) -> Timed:
     return Timed(
         path=run.path,
         world=int(world),
-        nodes=None if math.isnan(places[0]) else max(int(places[0]), 1),
+        nodes=int(nodes) if placed else None,
         batch=int(batch),
         seed=int(np.nan_to_num(number(run.recipe.get("seed")))),
         steps={key: values[keep] for key, values in columns.items()},
