@@ -15,9 +15,8 @@ from dist_train import figures
 from dist_train.figures import FAINT, INK, NEUTRAL, WIDTH
 from dist_train.plan_table import GIGA, table
 from dist_train.scaling_figures import KINDS, PERCENT, gap, gathered
-from dist_train.scaling_model import Curve, World
+from dist_train.scaling_model import LATER, SLOWER, Curve, World
 from sharding.errors import UserError
-from sharding.hardware import GIB
 
 PARTS = {"decode": "#56b4e9", "compute": NEUTRAL, "exchange": "#e69f00"}
 
@@ -41,33 +40,35 @@ def write_curve(made: Curve, path: Path) -> Path:
 
 def curve_table(made: Curve) -> RenderableType:
     """Both curves, what they rest on, and where they end."""
+    first = made.weak[0]
     return Group(
-        scale_table("Weak scaling: the batch grows with the GPUs", made.weak),
-        scale_table("Strong scaling: the batch stays", made.strong),
+        Text(
+            "Efficiency: clips/s and GPU, as a share of the first row's. Slower: the same with links "
+            f"{SLOWER} times slower and collectives {LATER} times later. Even: if every rank had the clips of the "
+            "first row's slowest rank. Each: clips per GPU. Sent: by a GPU, or by a node to the next.\n"
+        ),
+        scale_table(f"Weak scaling: {first.clips:g} clips per GPU and step", "even", made.weak),
+        scale_table(f"Strong scaling: {first.batch} clips per step", "each", made.strong),
         Text("Foretold with:"),
         *(Text(f"- {one}") for one in made.assumptions),
         *(Text(f"Note: {note}") for note in made.notes),
     )
 
 
-def scale_table(title: str, worlds: Sequence[World]) -> RenderableType:
+def scale_table(title: str, last: str, worlds: Sequence[World]) -> RenderableType:
     """A row per world."""
-    columns = ("GPUs", "batch", "clips each", "seconds", "clips/s", "efficiency", "pessimistic", "even", "exchange")
-    made = table(title, *columns, "sent, GB", "GiB")
+    made = table(title, "GPUs", "seconds", "clips/s", "efficiency", "slower", "exchange", "sent, GB", last)
     for world in worlds:
-        sent = max(world.link_bytes.values())
+        even = "–" if world.even_efficiency is None else f"{world.even_efficiency:.0%}"
         made.add_row(
             str(world.gpus),
-            str(world.batch),
-            f"{world.clips:.1f}",
             f"{world.step_seconds:.3f}",
             f"{world.clips_per_second:.0f}",
             f"{world.efficiency:.0%}",
             f"{world.slow_efficiency:.0%}",
-            "–" if world.even_efficiency is None else f"{world.even_efficiency:.0%}",
             f"{world.exchange_share:.2%}",
-            f"{sent / GIGA:.3f}",
-            f"{world.device_bytes / GIB:.1f}",
+            f"{max(world.link_bytes.values()) / GIGA:.3f}",
+            even if last == "even" else f"{world.clips:.1f}",
         )
     return made
 

@@ -192,7 +192,7 @@ def assumptions(recipe: Recipe, corpus: Corpus, hardware: Hardware, per_node: in
     )
     yield (
         f"Latency: {hardware.collective_seconds * 1e6:g} µs per collective in every world. Real latency grows with the "
-        f"number of nodes; the pessimistic case ({LATER} times as late, links {SLOWER} times slower) bounds that."
+        f"number of nodes; what {LATER} times the latency and {SLOWER} times slower links would cost is shown beside."
     )
     if recipe.zero.stage == 3:
         yield (

@@ -17,6 +17,7 @@ from sharding.errors import UserError, UserErrors
 
 DEEPEST = 3  # levels of folders below the given one in which runs are looked for
 MOST_RUNS = 1000
+NAMED = 3  # runs that a note names
 # What may differ between the runs: it decides how many clips a step takes, how long a run goes on, or what it learns,
 # not what is computed for a clip.
 FREE = (
@@ -100,16 +101,19 @@ def read_runs(places: Sequence[Path]) -> tuple[list[Timed], list[str]]:
     """
     runs: list[Timed] = []
     notes: list[str] = []
+    problems: dict[str, list[str]] = {}
     lost: list[UserError] = []
     for path in find_runs(places):
         run = read_run(path)
-        notes += [f"{path.name}: {problem}" for problem in run.problems]
+        for problem in run.problems:
+            problems.setdefault(problem, []).append(name_of(path))
         try:
             runs.append(timed(run, notes))
         except UserError as error:
             lost.append(error)
     if not runs:
         raise UserErrors(lost)
+    notes += [f"{few(names)}: {problem}" for problem, names in problems.items()]
     notes += [f"{error.where} is left out: it {error.problem}." for error in lost]
     check_alike(runs)
     code = {(run.environment.get("git"), str(run.environment.get("packages"))) for run in runs}
@@ -124,7 +128,7 @@ def timed(run: Run, notes: list[str]) -> Timed:
     Raises:
         UserError: it tells nothing that could be compared.
     """
-    batch, name = number(get(run.recipe, "data", "batch")), run.path.name
+    batch, name = number(get(run.recipe, "data", "batch")), name_of(run.path)
     remedy = "Give runs that have made some steps and whose files are whole."
     if not batch >= 1:
         raise UserError(name, "has no readable recipe.yaml with a data.batch", remedy)
@@ -207,15 +211,26 @@ def check_alike(runs: Sequence[Timed]) -> None:
         old, new = flat(first.recipe), flat(run.recipe)
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key) and not is_free(key, FREE):
-                problem = f"is {old.get(key)!r} in {first.path.name} and {new.get(key)!r} in {run.path.name}"
+                problem = f"is {old.get(key)!r} in {name_of(first.path)} and {new.get(key)!r} in {name_of(run.path)}"
                 errors.setdefault(key, UserError(key, problem, remedy))
         devices = [sorted(set(map(str, listed(one.environment.get("gpus"))))) for one in (first, run)]
         if devices[0] != devices[1]:
             told = [", ".join(names) or "no GPU" for names in devices]
-            problem = f"are {told[0]} in {first.path.name} and {told[1]} in {run.path.name}"
+            problem = f"are {told[0]} in {name_of(first.path)} and {told[1]} in {name_of(run.path)}"
             errors.setdefault("gpus", UserError("GPUs", problem, "Report runs on one kind of hardware at a time."))
     if errors:
         raise UserErrors(list(errors.values()))
+
+
+def name_of(path: Path) -> str:
+    """A run in words: in folders of points and seeds the last name alone would not tell."""
+    return "/".join(path.parts[-2:])
+
+
+def few(names: Sequence[str]) -> str:
+    """Some of them."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def get(record: Any, *keys: str) -> Any:
