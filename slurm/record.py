@@ -1,0 +1,157 @@
+"""What is known of a run's submissions and attempts: files below DIR/slurm, written by `submit`, rank 0 and the batch
+script, read by `status`, `logs`, `cancel` and the next attempt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from sharding.errors import UserError
+from slurm.settings import LaunchSettings
+
+Record = TypeVar("Record", bound=BaseModel)
+Outcome = Literal["finished", "stopped", "failed", "hung", "bad nodes", "refused", "lost"]
+
+
+class ChainLink(BaseModel):
+    """A job that starts when the one before it has succeeded."""
+
+    command: str
+    job: str
+
+
+class Submission(BaseModel):
+    """One `submit` of a run."""
+
+    cluster: Literal["slurm", "local"]
+    job: str
+    """Job id, ID_TASK in an array; of submitit's local job: the process id of its controller."""
+    submitted: float
+    """Seconds since the epoch."""
+    host: str
+    command: str
+    settings: LaunchSettings
+    chain: list[ChainLink] = Field(default_factory=list)
+
+
+class Failure(BaseModel):
+    """What went wrong on one rank."""
+
+    rank: int | None = None
+    node: str | None = None
+    error: str
+
+
+class Attempt(BaseModel):
+    """One start of a job: by submission, requeue or restart."""
+
+    job: str
+    restart: int
+    """How often the job was started before."""
+    started: float
+    """Seconds since the epoch; as all times here."""
+    nodes: list[str]
+    ranks: int
+    first_step: int
+    """Optimizer steps made before it."""
+    ended: float | None = None
+    last_step: int | None = None
+    outcome: Outcome | None = None
+    """None while it runs. "stopped": it saved on request (time limit, preemption, signal). "lost": it never told, as
+    when a node is lost."""
+    failures: list[Failure] = Field(default_factory=list)
+    """The first is the cause, as far as known."""
+    decision: Literal["requeue", "stop", "done"] | None = None
+    reason: str = ""
+    """Why so, in a sentence."""
+    excluded: list[str] = Field(default_factory=list)
+    """Nodes the next attempt does without."""
+
+
+class LaunchRecord:
+    """The files below DIR/slurm.
+
+    Args:
+        run: the run directory.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.path = run / "slurm"
+        self.submissions = self.path / "submissions.jsonl"
+        self.attempts = self.path / "attempts.jsonl"
+        self.cancelled = self.path / "cancelled"  # exists: no requeue
+        self.script = self.path / "job.sh"
+        self.recipe = self.path / "recipe.yaml"  # as submitted, resolved
+        self.code = self.path / "code"  # as submitted
+        self.environment = self.path / "environment.json"
+        self.folder = self.path / "jobs" / "%j"  # submitit's: logs of all ranks, the pickled job
+
+    def reports(self, job: str, restart: int) -> Path:
+        """Folder in which the ranks of an attempt leave what went wrong."""
+        return self.path / "attempts" / f"{job}.{restart}"
+
+    def add_submission(self, submission: Submission) -> None:
+        """Appends a submission."""
+        append(self.submissions, submission.model_dump(mode="json"))
+
+    def read_submissions(self) -> list[Submission]:
+        """All submissions, oldest first.
+
+        Raises:
+            UserError: a line is none.
+        """
+        return [parse(Submission, row, self.submissions) for row in rows(self.submissions)]
+
+    def add_attempt(self, attempt: Attempt) -> None:
+        """Appends an attempt: once when it starts, again when it ends."""
+        append(self.attempts, attempt.model_dump(mode="json"))
+
+    def read_attempts(self) -> list[Attempt]:
+        """All attempts, oldest first; of each the last word.
+
+        Raises:
+            UserError: a line is none.
+        """
+        found: dict[tuple[str, int], Attempt] = {}
+        for row in rows(self.attempts):
+            attempt = parse(Attempt, row, self.attempts)
+            found[attempt.job, attempt.restart] = attempt
+        return list(found.values())
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """One line more, in one write."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def rows(path: Path) -> Iterator[Any]:
+    """The lines of a file as JSON; a line cut by a power failure is left out."""
+    if path.is_file():
+        for line in path.read_text(errors="replace").splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def parse(kind: type[Record], row: Any, path: Path) -> Record:
+    """A line as what it stands for."""
+    try:
+        return kind.model_validate(row)
+    except ValidationError as error:
+        found = error.errors()[0]
+        place = ".".join(map(str, found["loc"]))
+        raise UserError(
+            str(path), f"holds a line that is none of ours ({place}: {found['msg']})", "Remove it."
+        ) from None
