@@ -18,10 +18,11 @@ from dist_train.run_directory import RunDirectory
 from sharding.errors import UserError
 from slurm.check import check_cluster, check_place, node_groups
 from slurm.check_recipe import check_memory, check_recipe, hardware_named
-from slurm.executor import script_of, slurm_executor, submit, test_only
+from slurm.executor import ours_win, script_of, slurm_executor, submit, test_only
 from slurm.freeze import freeze
 from slurm.job import TrainingJob
 from slurm.local import LocalJob
+from slurm.queue import job_state
 from slurm.record import Launch, LaunchRecord, Submission
 from slurm.settings import LaunchSettings
 
@@ -119,6 +120,7 @@ def queue(request: Request, recipe: Recipe, record: LaunchRecord, say: Callable[
     if request.cluster == "slurm":
         executor = slurm_executor(record, request.settings, folder, name_of(request))
         record.script.write_text(script_of(executor))
+        ours_win(request.settings)
         say(test_only(record.script))
         job = submit(executor, TrainingJob(str(record.run)))
     else:
@@ -141,8 +143,12 @@ def open_run(run: RunDirectory) -> None:
     """Checks that a run can be continued: it has begun, or was submitted and never came so far.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a job of it is not over.
     """
+    for submission in LaunchRecord(run.path).read_submissions():
+        if submission.cluster == "slurm" and job_state(submission.job).live:
+            remedy = f"Wait for it, or end it with dist-train cancel {run.path}."
+            raise UserError(str(run.path), f"is being trained by job {submission.job}", remedy)
     if not LaunchRecord(run.path).recipe.is_file():
         run.open()
 
