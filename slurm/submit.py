@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -126,7 +128,8 @@ def queue(request: Request, recipe: Recipe, record: LaunchRecord, say: Callable[
     else:
         local = submitit.LocalExecutor(folder)
         local.update_parameters(timeout_min=FOREVER)
-        job = submit(local, LocalJob(str(record.run)))
+        with with_variables(record, request.settings), without_terminal():
+            job = submit(local, LocalJob(str(record.run)))
     submission = Submission(
         cluster=request.cluster,
         job=job.job_id,
@@ -137,6 +140,37 @@ def queue(request: Request, recipe: Recipe, record: LaunchRecord, say: Callable[
     )
     record.add_submission(submission)
     return submission
+
+
+@contextmanager
+def with_variables(record: LaunchRecord, settings: LaunchSettings) -> Iterator[None]:
+    """The environment of local ranks, which a batch script would export: the frozen code goes first."""
+    before = dict(os.environ)
+    paths = [str(record.code), *filter(None, [settings.environment.get("PYTHONPATH", before.get("PYTHONPATH"))])]
+    os.environ.update({**settings.environment, "PYTHONPATH": os.pathsep.join(paths)})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def without_terminal() -> Iterator[None]:
+    """What is started inside inherits no terminal or pipe: whoever reads this command's output would wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in range(3)]
+    nothing = os.open(os.devnull, os.O_RDWR)
+    try:
+        for number in range(3):
+            os.dup2(nothing, number)
+        yield
+    finally:
+        for number, copy in enumerate(kept):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nothing)
 
 
 def open_run(run: RunDirectory) -> None:

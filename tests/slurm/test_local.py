@@ -30,8 +30,8 @@ def test_local_run_survives_the_death_of_a_rank(tmp_path: Path) -> None:
         while not (record.read_attempts() and record.read_attempts()[-1].decision in ("done", "stop")):
             assert time.monotonic() < deadline, [path.read_text()[-2000:] for path in record.jobs.glob("*/*_log.*")]
             if not killed and (output / "checkpoints/last").exists():
-                kill_rank(1, output)
-                killed = True
+                killed = kill_rank(1, output)
+                assert killed, "no such rank"
             time.sleep(0.05)
         attempts = record.read_attempts()
         assert [attempt.decision for attempt in attempts] == ["requeue"] * (name == "killed") + ["done"]
@@ -39,8 +39,8 @@ def test_local_run_survives_the_death_of_a_rank(tmp_path: Path) -> None:
     assert results[0] == results[1]
 
 
-def kill_rank(rank: int, output: Path) -> None:
-    """SIGKILL to a local rank of that run."""
+def kill_rank(rank: int, output: Path) -> bool:
+    """SIGKILL to a local rank of that run. Returns whether there is one."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             words = (process / "cmdline").read_bytes().split(b"\0")
@@ -49,3 +49,5 @@ def kill_rank(rank: int, output: Path) -> None:
             continue
         if b"slurm.job" in words and str(output).encode() in words and f"RANK={rank}".encode() in variables:
             os.kill(int(process.name), signal.SIGKILL)
+            return True
+    return False
