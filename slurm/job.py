@@ -137,6 +137,8 @@ def this_world(environment: Mapping[str, str]) -> World:
     Raises:
         UserError: a variable of srun is missing.
     """
+    # Torch alone would take all cores of the node, in every rank of it.
+    os.environ.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
     world = read_world(environment)
     if world is None:
         return World(0, 1, 0, "127.0.0.1", free_port())
@@ -154,7 +156,6 @@ def this_world(environment: Mapping[str, str]) -> World:
     if interface is not None:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, interface)
-    os.environ.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
     return World(world.rank, world.size, world.local_rank, address, world.master_port)
 
 
