@@ -16,11 +16,12 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from tests.slurm import cluster_install
 from tests.slurm.cluster_lifecycle import Cluster, say
-from tests.slurm.cluster_settings import CHECKOUT, VARIABLE, ClusterError, Settings
+from tests.slurm.cluster_settings import CHECKOUT, VARIABLE, ClusterError, Settings, default_directory
 
 
 def bring_up(settings: Settings) -> Cluster:
@@ -43,18 +44,21 @@ def run(settings: Settings, command: list[str]) -> int:
         cluster.down()
 
 
-def rootless(command: list[str]) -> int:
-    """The command and a cluster of namespaces within one user namespace, where an ordinary user counts as root."""
+def rootless(settings: Settings, command: list[str]) -> int:
+    """`run` within one user namespace, where an ordinary user counts as root and may make the nodes' namespaces."""
     if os.getuid() and shutil.which("newuidmap") is None:
         raise ClusterError("rootless needs newuidmap: have the package uidmap installed, and a line in /etc/subuid")
-    inside = 'mount -t tmpfs tmpfs /run && mkdir /run/netns && ip link set lo up && exec "$@"'
-    again = [sys.executable, "-m", "tests.slurm.cluster", "run", "--mode", "netns", *command]
+    if settings.directory == default_directory():  # the processes of a cluster there would not be seen from inside
+        settings.directory = settings.directory.with_name(f"{settings.directory.name}-rootless")
+    environment = {VARIABLE + name.upper(): str(value) for name, value in asdict(settings).items()}
+    environment |= {VARIABLE + "MODE": "netns"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
     unshare = ["unshare", "--user", "--map-root-user", "--map-auto", "--net", "--mount", "--pid", "--fork"]
-    path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
+    unshare += ["--mount-proc", "--kill-child=KILL"]
+    inside = 'mount -t tmpfs tmpfs /run && mkdir /run/netns && ip link set lo up && exec "$@"'
+    again = [sys.executable, "-m", "tests.slurm.cluster", "run", *command]
     return subprocess.run(
-        [*unshare, "--mount-proc", "--kill-child=KILL", "bash", "-c", inside, "rootless", *again],
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
+        [*unshare, "bash", "-c", inside, "rootless", *again], env=os.environ | environment, check=False
     ).returncode
 
 
@@ -83,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     action("down", "stop it and remove everything but its logs")
     action("status", "nodes and jobs")
     action("run", "up, CMD with SLURM_CONF set, down", options, words="CMD")
-    action("rootless", "`run` with namespaces as an ordinary user", words="CMD")
+    action("rootless", "`run` with namespaces as an ordinary user", options, words="CMD")
     action("env", 'what a shell must export: eval "$(... env)"')
     action("crash", "power cut of a node", words="NODE")
     action("revive", "boot a crashed node", words="NODE")
@@ -105,7 +109,7 @@ def act(given: argparse.Namespace) -> int:
         case "run":
             return run(settings, given.command)
         case "rootless":
-            return rootless(given.command)
+            return rootless(settings, given.command)
         case "down":
             found = Settings.load(settings.directory)
             if found is None:

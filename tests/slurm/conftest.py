@@ -14,7 +14,7 @@ import pytest
 
 from tests.slurm import cluster_install
 from tests.slurm.cluster_lifecycle import Cluster
-from tests.slurm.cluster_settings import VARIABLE, NotInThisMode, Settings, default_directory
+from tests.slurm.cluster_settings import VARIABLE, NotInThisMode, Settings
 
 
 def pytest_configure() -> None:
@@ -57,7 +57,8 @@ def owned(directory: Path) -> Iterator[bool]:
 
 def labs() -> Path:
     """Where the clusters of this checkout's test sessions are."""
-    folder = default_directory().with_name(f"{default_directory().name}-tests")
+    usual = Settings.from_environment().directory
+    folder = usual.with_name(f"{usual.name}-tests")
     folder.mkdir(mode=0o755, exist_ok=True)
     return folder
 
