@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -166,7 +167,6 @@ def test_job_outlives_the_controller(idle_cluster: LabCluster, tmp_path: Path) -
     until(state.exists, 20, "the job")
     idle_cluster.stop_controller()
     assert idle_cluster.attempt("scontrol", "ping").returncode
-    assert idle_cluster.attempt("squeue", seconds=2).returncode
     until(lambda: state.read_text() == "ended\n", 10, "the job's end")
     idle_cluster.start_controller()
     until(
@@ -206,8 +206,8 @@ def test_side_by_side_and_nothing_left(idle_cluster: LabCluster, directory: Path
         until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), 20, "the job")
         other.crash("node3")
         assert len(processes_of(tmp_path)) == 0
-        if mode == "ports":
-            assert "# test cluster" in Path("/etc/hosts").read_text() or os.getuid()
+        if mode == "ports" and os.access("/etc/hosts", os.W_OK):
+            assert socket.gethostbyname("node3") == "127.0.0.1"
         again = Cluster(Settings(directory, nodes=1, mode=mode, accounting="none"))
         again.up()  # takes the leftover down first
         other = again
