@@ -36,6 +36,8 @@ def bring_up(settings: Settings) -> Cluster:
 
 def run(settings: Settings, command: list[str]) -> int:
     """Up, the command with SLURM_CONF set, down; gives the command's exit code."""
+    if not command or shutil.which(command[0]) is None:
+        raise ClusterError(f"no such command: {shlex.join(command) or 'none was given'}")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     cluster = bring_up(settings)
     try:
@@ -103,7 +105,9 @@ def act(given: argparse.Namespace) -> int:
     settings = Settings.from_environment(**{name: getattr(given, name, None) for name in names})
     match given.action:
         case "install":
+            started = time.monotonic()
             cluster_install.install(accounting=settings.accounting != "none")
+            say(f"installed in {time.monotonic() - started:.0f} s")
         case "up":
             bring_up(settings)
         case "run":
@@ -146,6 +150,8 @@ def main() -> None:
     except ClusterError as error:
         say(str(error))
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

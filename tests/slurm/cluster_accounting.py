@@ -45,7 +45,7 @@ def start_database(settings: Settings, processes: Processes) -> None:
     command += [f"--port={settings.port('mariadbd')}", f"--init-file={start}", "--performance-schema=OFF"]
     command += ["--innodb-buffer-pool-size=32M", "--innodb-flush-log-at-trx-commit=0", "--innodb-lock-wait-timeout=900"]
     process = processes.start("mariadbd", command)
-    processes.await_ready("mariadbd", process, (home / "sql.socket").is_socket, 30)
+    processes.await_ready("mariadbd", process, (home / "sql.socket").is_socket)
     conf = settings.directory / "etc" / "slurmdbd.conf"
     conf.touch(0o600)
     conf.write_text(slurmdbd_conf(settings, password))

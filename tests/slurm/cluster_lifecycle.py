@@ -129,7 +129,7 @@ class Cluster:
         with self.timed("nodes"):
             for node in self.nodes:
                 self.machines.boot(node)
-            self.wait_idle(30)
+            self.wait_idle()
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -145,17 +145,17 @@ class Cluster:
         command += [f"--key-file={home}/munge.key", f"--seed-file={home}/munge.seed"]
         command += [f"--pid-file={self.processes.run}/munged.pid", f"--log-file={self.processes.log}/munged.log"]
         process = self.processes.start("munged", command)
-        self.processes.await_ready("munged", process, self.settings.munge_socket.is_socket, 10)
+        self.processes.await_ready("munged", process, self.settings.munge_socket.is_socket)
 
     def start_controller(self) -> None:
         """Start slurmctld and wait until it answers; it goes on from its saved state when it ran before."""
         process = self.processes.start("slurmctld", ["slurmctld", "-D", "-f", str(self.settings.conf)])
-        self.processes.await_ready("slurmctld", process, lambda: self.answers("scontrol", "ping"), 20)
+        self.processes.await_ready("slurmctld", process, lambda: self.answers("scontrol", "ping"))
 
     def start_accounting(self) -> None:
         """Start slurmdbd and wait until it answers."""
         process = self.processes.start("slurmdbd", ["slurmdbd", "-D"])
-        self.processes.await_ready("slurmdbd", process, lambda: self.answers("sacctmgr", "show", "cluster"), 30)
+        self.processes.await_ready("slurmdbd", process, lambda: self.answers("sacctmgr", "show", "cluster"))
 
     def stop_accounting(self) -> None:
         """Stop slurmdbd; sacct then fails, slurmctld keeps what it has to tell."""

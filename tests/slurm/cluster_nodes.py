@@ -155,7 +155,7 @@ class PortNodes:
 
         def killed() -> bool:
             # again until none is left: they may be forking
-            below = [found for found in descendants(pid) if running(found)] if pid else []
+            below = descendants(pid) if pid else []
             for found in below:
                 with suppress(ProcessLookupError):
                     os.kill(found, signal.SIGKILL)

@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,17 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slurm"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows the last lines of the cluster's logs."""
+    report = yield
+    for name, found in getattr(item, "funcargs", {}).items():
+        if report.failed and name != "idle_cluster" and isinstance(found, Cluster):
+            daemons = ("slurmctld", "slurmdbd", *found.nodes)
+            report.sections.append((f"logs of {name}", "\n".join(map(found.processes.tail, daemons))))
+    return report
 
 
 class LabCluster(Cluster):

@@ -101,18 +101,6 @@ def test_gpus_are_handed_out(idle_cluster: LabCluster) -> None:
     assert "not available" in too_many.stderr
 
 
-def test_sacct_tells_of_an_ended_job(idle_cluster: LabCluster) -> None:
-    if idle_cluster.settings.accounting != "dbd":
-        pytest.skip("slurmdbd or MariaDB is not installed")
-    job = submit("exit 3", "-J", "ended")
-    ask = ("sacct", "-n", "-P", "-X", "-j", job, "-o", "JobName,State,ExitCode")
-    until(lambda: idle_cluster.slurm(*ask).strip() == "ended|FAILED|3:0", 20, "sacct to know the job's end")
-    idle_cluster.stop_accounting()
-    assert idle_cluster.attempt(*ask).returncode
-    idle_cluster.clean()
-    assert idle_cluster.slurm(*ask)
-
-
 def test_without_accounting_sacct_refuses(cluster_without_accounting: LabCluster) -> None:
     refused = subprocess.run(["sacct"], capture_output=True, text=True, check=False)
     assert refused.returncode
@@ -141,6 +129,18 @@ def test_power_cut_and_return(idle_cluster: LabCluster, tmp_path: Path) -> None:
     until(lambda: len(starts()) == 4, 40, "the requeued job on both nodes")
     assert starts() == ["node1", "node1 1", "node2", "node2 1"]
     assert idle_cluster.jobs() == [f"{job} RUNNING None"]
+
+
+def test_sacct_tells_of_an_ended_job(idle_cluster: LabCluster) -> None:
+    if idle_cluster.settings.accounting != "dbd":
+        pytest.skip("slurmdbd or MariaDB is not installed")
+    job = submit("exit 3", "-J", "ended")
+    ask = ("sacct", "-n", "-P", "-X", "-j", job, "-o", "JobName,State,ExitCode")
+    until(lambda: idle_cluster.slurm(*ask).strip() == "ended|FAILED|3:0", 20, "sacct to know the job's end")
+    idle_cluster.stop_accounting()
+    assert idle_cluster.attempt(*ask).returncode
+    idle_cluster.clean()
+    assert idle_cluster.slurm(*ask)
 
 
 def test_network_cut_and_back(idle_cluster: LabCluster) -> None:
