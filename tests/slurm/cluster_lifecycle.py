@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -231,15 +232,24 @@ class Cluster:
         return self.attempt("squeue", "-h", "-a", "-o", "%A %T %r", seconds=10).stdout.splitlines()
 
     def crash(self, node: str) -> None:
-        """Power cut: everything that runs on the node is gone at once and without a word. Slurm sees it in 26-33 s."""
+        """Power cut: everything that runs on the node is gone at once and without a word. Slurm sees it in 15-35 s."""
         self.settings.index(node)
         self.machines.kill(node)
 
     def revive(self, node: str) -> None:
-        """Boot a crashed node again."""
+        """Boot a crashed node again and wait until its slurmd listens; Slurm takes it back when it registers."""
         self.settings.index(node)
         if self.processes.pid(node) is None:
             self.machines.boot(node)
+            if not wait_for(lambda: self.listens(node), 30):
+                raise ClusterError(f"{node} did not boot\n{self.processes.tail(node)}")
+
+    def listens(self, node: str) -> bool:
+        try:
+            with socket.create_connection((self.settings.address(node), self.settings.port(node)), 1):
+                return True
+        except OSError:
+            return False
 
     def cut(self, node: str) -> None:
         """Pull the node's network cable; what runs there runs on.
@@ -284,9 +294,24 @@ class Cluster:
         for node in self.nodes:
             self.heal(node)
             self.revive(node)
-        self.attempt("scancel", "-f", "--full", f"--user={cluster_config.user()}")
-        self.slurm("scontrol", "reconfigure")  # partitions, too, are again as slurm.conf says
+        self.cancel_jobs()
+        # partitions, too, are again as slurm.conf says. Not before the jobs are gone: one that is being cancelled while
+        # slurmd reads its configuration can hang as COMPLETING for half a minute and longer
+        self.slurm("scontrol", "reconfigure")
         for node, state in self.states().items():
             if state.startswith(("down", "drain", "drng")):
                 self.attempt("scontrol", "update", f"nodename={node}", "state=resume")
         self.wait_idle()
+
+    def cancel_jobs(self, seconds: float = 60.0) -> None:
+        """Cancel all jobs and wait for their end; again every few seconds, as a test's process may still be submitting.
+
+        Raises:
+            ClusterError: some are left after `seconds`.
+        """
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.attempt("scancel", "-f", "--full", f"--user={cluster_config.user()}")
+            if wait_for(lambda: not self.jobs(), 5):
+                return
+        raise ClusterError(f"jobs not ended after {seconds:.0f} s: {self.jobs()}, nodes {self.states()}")
