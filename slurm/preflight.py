@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import random
+import secrets
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from pydantic import BaseModel, Field
 
@@ -26,7 +27,7 @@ from sharding.collectives import device
 from sharding.errors import UserError
 from sharding.heartbeat import beat
 from slurm import preflight_device, preflight_shards, preflight_space, preflight_versions
-from slurm.findings import Finding, findings_of, first_ranks, severity_of, spell
+from slurm.findings import Finding, findings_of, severity_of, spell
 from slurm.preflight_device import Device, Smi
 from slurm.preflight_directory import check_directory
 from slurm.preflight_exchange import ARRIVAL, GRACE, Exchange, RankZeroSilent, Skew, within
@@ -45,6 +46,7 @@ MOST_SKEW = 1.0  # seconds between clocks that nobody minds
 class Preflight(BaseModel):
     """What a preflight found. The same on all ranks that answer."""
 
+    number: int = Field(0, description="Random, to tell it from others of the same run.")
     nodes: list[str] = Field(description="Name of the node of each rank, as Slurm has it.")
     seconds: dict[str, float] = Field(default_factory=dict, description="Of each check, in the slowest rank.")
     versions: dict[str, str] = Field(default_factory=dict, description="Of rank 0.")
@@ -94,31 +96,34 @@ def preflight(recipe: Recipe, run: RunDirectory, *, seconds: float = 30) -> Pref
     Args:
         recipe: as the run will have it.
         run: its directory; need not exist.
-        seconds: that it should take at most where nothing hangs. Each check gets a quarter of it, rounds of network
-            measurements end after four fifths.
+        seconds: that it should take at most where nothing hangs. Each check gets a quarter of it, a pair of ranks a
+            third for its exchange, an all-reduce all of it; after four fifths no more pairs are measured.
     """
     beat("preflight")
-    nodes: list[str] = []
+    found = Preflight(nodes=[UNKNOWN] * dist.get_world_size())
     try:
-        return examine(recipe, run, seconds, nodes)
+        found = examine(recipe, run, seconds, found)
     except RankZeroSilent:
-        return without_rank_zero(run, nodes)
+        found = without_rank_zero(found, run)
+    if found.good and torch.cuda.is_available():  # the run's own peak is measured from here
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return found
 
 
-def examine(recipe: Recipe, run: RunDirectory, seconds: float, nodes: list[str]) -> Preflight:
+def examine(recipe: Recipe, run: RunDirectory, seconds: float, found: Preflight) -> Preflight:
     """See `preflight`.
 
     Args:
-        nodes: filled with the name of the node of each rank, as soon as they are known.
+        found: empty; filled in rank 0, and in others as far as they know.
     """
     exchange = Exchange()
-    ranks, seed = range(exchange.world), random.randrange(2**32)
-    names, seed = exchange.report(
-        node_name(), lambda reports: [[reports.get(rank, UNKNOWN) for rank in ranks], seed], ARRIVAL
+    ranks, number = range(exchange.world), secrets.randbits(32)
+    found.number, found.nodes = exchange.report(
+        node_name(), lambda reports: [number, [reports.get(rank, UNKNOWN) for rank in ranks]], ARRIVAL
     )
-    nodes += names
+    nodes = found.nodes
     began, limit = time.monotonic(), seconds / 4
-    found = Preflight(nodes=nodes)
 
     @contextlib.contextmanager
     def timed(check: str) -> Iterator[None]:
@@ -127,7 +132,7 @@ def examine(recipe: Recipe, run: RunDirectory, seconds: float, nodes: list[str])
         found.seconds[check] = time.monotonic() - before
 
     if not exchange.silent:
-        results = run_checks(local_checks(recipe, run, nodes, seed, limit), limit)
+        results = run_checks(local_checks(recipe, run, found, limit), limit)
         exchange.report(results, lambda reports: judge_local(found, reports), len(results) * limit)
     if not exchange.silent:
         with timed("run directory"):
@@ -139,7 +144,7 @@ def examine(recipe: Recipe, run: RunDirectory, seconds: float, nodes: list[str])
         judge_clocks(found, exchange.skew())
     if not exchange.silent:
         with timed("network"):
-            measured = check_network(exchange, nodes, seconds / 10, began + 0.8 * seconds)
+            measured = check_network(exchange, nodes, seconds, began + 0.8 * seconds)
         if measured is not None:
             found.network = measured.network
             found.findings += measured.findings
@@ -151,7 +156,9 @@ def examine(recipe: Recipe, run: RunDirectory, seconds: float, nodes: list[str])
         write(found, run)
         return found.model_dump(mode="json")
 
-    return Preflight.model_validate(exchange.report(None, conclude, limit))
+    answer = exchange.report(None, conclude, limit)
+    exchange.close()
+    return Preflight.model_validate(answer)
 
 
 def node_name() -> str:
@@ -159,40 +166,39 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or platform.node()
 
 
-def local_checks(
-    recipe: Recipe, run: RunDirectory, nodes: Sequence[str], seed: int, limit: float
-) -> dict[str, Callable[[], Any]]:
+def local_checks(recipe: Recipe, run: RunDirectory, found: Preflight, limit: float) -> dict[str, Callable[[], Any]]:
     """What a rank finds out alone: JSON-able results by check. Some only the first rank of a node does, or rank 0."""
-    rank = dist.get_rank()
+    rank, nodes = dist.get_rank(), found.nodes
     same = [one for one, node in enumerate(nodes) if node == nodes[rank]]
     here = device()
 
-    def devices() -> Any:
-        smi = preflight_device.ask_smi() if rank == same[0] else None
-        measured = preflight_device.measure_device(here)
-        return {"device": measured.model_dump(), "smi": None if smi is None else smi.model_dump()}
+    def smi() -> Any:
+        told = preflight_device.ask_smi() if rank == same[0] else None
+        return None if told is None else told.model_dump()
 
     def shards() -> Any:
         until = time.monotonic() + limit / 2
-        found = preflight_shards.look_at_shards(recipe.data, seed, same.index(rank), len(same), until)
-        return {path: one.model_dump() for path, one in found.items()}
+        part = same.index(rank), len(same)
+        looked = preflight_shards.look_at_shards(recipe.data, found.number, *part, until)
+        return {path: one.model_dump() for path, one in looked.items()}
 
     def space() -> Any:
-        found: dict[str, Any] = {
-            "shared": preflight_space.free_bytes(preflight_space.SHARED) if rank == same[0] else None
-        }
+        room: dict[str, Any] = {"shared": None}
+        if rank == same[0]:
+            room["shared"] = preflight_space.free_bytes(preflight_space.SHARED)
         if rank == 0:
             try:
-                found |= {
+                room |= {
                     "disk": preflight_space.disk_for(recipe, run).model_dump(),
                     "worker": preflight_space.worker_bytes(recipe, len(nodes)),
                 }
             except UserError as error:
-                found["unknown"] = f"what the run needs cannot be foretold: {error.where} {error.problem}"
-        return found
+                room["unknown"] = f"what the run needs cannot be foretold: {error.where} {error.problem}"
+        return room
 
     return {
-        preflight_device.CHECK: devices,
+        preflight_device.CHECK: lambda: preflight_device.measure_device(here).model_dump(),
+        preflight_device.SMI_CHECK: smi,
         preflight_versions.CHECK: lambda: preflight_versions.versions(recipe),
         preflight_shards.CHECK: shards,
         preflight_space.CHECK: space,
@@ -226,9 +232,8 @@ def judge_local(found: Preflight, reports: Mapping[int, Any]) -> None:
         found.findings += findings_of(nodes, check, failed, "Look at that machine.", severity)
         results[check] = {rank: row["result"] for rank, row in rows.items() if row["result"] is not None}
 
-    devices = results[preflight_device.CHECK]
-    found.devices = {rank: Device(**one["device"]) for rank, one in devices.items()}
-    found.smi = {nodes[rank]: Smi(**one["smi"]) for rank, one in devices.items() if one["smi"] is not None}
+    found.devices = {rank: Device(**one) for rank, one in results[preflight_device.CHECK].items()}
+    found.smi = {nodes[rank]: Smi(**one) for rank, one in results[preflight_device.SMI_CHECK].items()}
     found.findings += preflight_device.judge_devices(found.devices, found.smi, nodes)
 
     versions = results[preflight_versions.CHECK]
@@ -280,28 +285,33 @@ def judge_silent(silent: Sequence[int], nodes: Sequence[str]) -> list[Finding]:
         return [Finding(nodes[0], 0, SILENT, f"hears nothing of {spell(sorted(names))}. {remedy}", "bad node")]
     text = f"does not answer (rank{'s' * (len(silent) > 1)} {', '.join(map(str, silent))})"
     return [
-        Finding(node, rank, SILENT, f"{text}. {remedy}", "stop" if node == UNKNOWN else "bad node")
-        for node, rank in first_ranks([nodes[rank] for rank in silent]).items()
+        Finding(node, None, SILENT, f"{text}. {remedy}", "stop" if node == UNKNOWN else "bad node")
+        for node in dict.fromkeys(nodes[rank] for rank in silent)
     ]
 
 
-def without_rank_zero(run: RunDirectory, nodes: Sequence[str]) -> Preflight:
+def without_rank_zero(found: Preflight, run: RunDirectory) -> Preflight:
     """What the others say if rank 0 does not answer; the first of them writes it."""
-    nodes = list(nodes) or [UNKNOWN] * dist.get_world_size()
-    found = Preflight(nodes=nodes, findings=judge_silent([0], nodes), silent=[0])
+    nodes = found.nodes
+    alone = Preflight(number=found.number, nodes=nodes, findings=judge_silent([0], nodes), silent=[0])
     others = [rank for rank, node in enumerate(nodes) if rank and node != nodes[0]] or [1]
     if dist.get_rank() == others[0]:
-        write(found, run)
-    return found
+        write(alone, run)
+    return alone
 
 
 def write(found: Preflight, run: RunDirectory) -> None:
-    """slurm/preflight.json, if the disk lets it be written (what it refuses was found by a check)."""
+    """slurm/preflight.json, if the disk lets it be written: what it refuses was found by a check. If it holds a verdict
+    on this preflight already, that stays: then the process was suspended for long, and others have gone on.
+    """
 
     def action() -> None:
         path = run.path / "slurm" / "preflight.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".new")
+        with contextlib.suppress(OSError, ValueError):
+            if Preflight.model_validate_json(path.read_bytes()).number == found.number:
+                return
+        temporary = path.with_name(f"{path.name}.{dist.get_rank()}")
         temporary.write_text(found.model_dump_json(indent=1))
         temporary.replace(path)
 

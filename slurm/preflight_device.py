@@ -16,12 +16,13 @@ from pydantic import BaseModel, Field
 from sharding.hardware import GIB
 from slurm.findings import Finding, findings_of, severity_of
 
-CHECK = "device"
+CHECK, SMI_CHECK = "device", "nvidia-smi"
 SLOWER = {"cuda": 2.0, "cpu": 3.0}  # times the median; the cores of a CPU are shared, and their speed wavers
-SIZE = {"cuda": 4096, "cpu": 512}
+SIZE = {"cuda": 4096, "cpu": 256}  # small enough that a product on a CPU ends before another process has its turn
 SECONDS = 0.5  # of matrix products, while an idle GPU raises its clock
 HELD = 2 * GIB  # bytes by which others' memory on a device may exceed the median
-ASK_SECONDS = 6.0  # without persistence mode nvidia-smi wakes each GPU first
+SLOW_REMEDY = "See what holds it back: nvidia-smi -q -d PERFORMANCE, or other processes."
+ASK_SECONDS = 3.0  # for an answer of nvidia-smi
 # A driver leaves out fields that it does not know; the old names of the clocks' fields are known to all of them.
 SMI_FIELDS = (
     "uuid",
@@ -174,7 +175,7 @@ def judge_devices(devices: Mapping[int, Device], smi: Mapping[str, Smi], nodes: 
         if one.wrong
     }
     yield from findings_of(nodes, CHECK, wrong, "Have the node examined.", "bad node")
-    yield from findings_of(nodes, CHECK, slow_devices(devices), "See nvidia-smi -q -d PERFORMANCE on it.", "bad node")
+    yield from findings_of(nodes, CHECK, slow_devices(devices), SLOW_REMEDY, "bad node")
     yield from findings_of(
         nodes, CHECK, held_devices(devices), "See nvidia-smi on it: a process of somebody else holds it.", "bad node"
     )

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -22,6 +23,8 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 ARRIVAL = 120.0  # seconds within which all ranks begin: they may have imported from a slow disk before
+PAUSE = 0.005  # between two looks at who has reported; a wait that is given up would print warnings of torch's
+SLICES = 10  # of a waiting time
 GRACE = 5.0  # seconds that a rank may be late, beside its work
 _runs = itertools.count()  # keys of a run must not be those of another in the same job
 
@@ -100,13 +103,8 @@ class Exchange:
 
     def _collect(self, turn: int, value: Any, decide: Callable[[dict[int, Any]], Any], limit: float) -> Any:
         store = self._store
-        keys = {rank: f"{turn}/{rank}" for rank in range(1, self.world) if rank not in self.silent}
-        try:
-            if keys:
-                store.wait(list(keys.values()), timedelta(seconds=limit))
-        except dist.DistStoreError:  # some are missing
-            self.silent = sorted({*self.silent, *(rank for rank, key in keys.items() if not store.check([key]))})
-        came = {rank: key for rank, key in keys.items() if rank not in self.silent}
+        came = self._wait_for(turn, limit)
+        self.silent = [rank for rank in range(1, self.world) if rank not in came]
         values = store.multi_get(list(came.values())) if came else []
         now = time.time()
         reports = {0: value}
@@ -118,6 +116,24 @@ class Exchange:
         answer = json.dumps([time.time(), self.silent, decided])
         store.set(f"{turn}/answer", answer)
         return json.loads(answer)[2]  # as the others get it: lists for tuples, text for keys
+
+    def _wait_for(self, turn: int | str, limit: float) -> dict[int, str]:
+        """Keys of the ranks that write theirs in time."""
+        keys = {rank: f"{turn}/{rank}" for rank in range(1, self.world) if rank not in self.silent}
+        ends = time.monotonic() + limit
+        while not self._store.check(list(keys.values())):
+            if time.monotonic() > ends:
+                return {rank: key for rank, key in keys.items() if self._store.check([key])}
+            time.sleep(PAUSE)
+        return keys
+
+    def close(self) -> None:
+        """Rank 0, in which the store may live, leaves after the others have its last answer (collective)."""
+        if self.rank == 0:
+            self._wait_for("end", GRACE)
+        else:
+            with suppress(TimeoutError, RuntimeError):
+                within(GRACE, lambda: self._store.set(f"end/{self.rank}", ""))
 
     def skew(self) -> dict[int, Skew]:
         """How far the clocks of the ranks are from rank 0's (in rank 0), after some turns.
@@ -150,4 +166,8 @@ def within(seconds: float, action: Callable[[], T]) -> T:
             done.set_exception(error)
 
     threading.Thread(target=run, name="preflight", daemon=True).start()
-    return done.result(seconds)
+    for _ in range(SLICES):  # the time during which this process was suspended itself counts as one
+        with suppress(TimeoutError):
+            done.exception(seconds / SLICES)
+            break
+    return done.result(0)

@@ -26,15 +26,15 @@ MESSAGE_SECONDS = 0.02  # that one measured message should take
 WAITS = timedelta(minutes=10)  # of groups made here; whoever waits in them is given up much sooner
 
 
-def check_network(exchange: Exchange, nodes: Sequence[str], limit: float, until: float) -> Steering | None:
+def check_network(exchange: Exchange, nodes: Sequence[str], seconds: float, until: float) -> Steering | None:
     """Measures (collective). Returns what rank 0 found (in other ranks it is empty); None if a rank fell silent.
 
     Args:
         nodes: name of the node of each rank.
-        limit: seconds for one step.
+        seconds: for an all-reduce of all ranks; NCCL takes long to join many. Pairs get a third.
         until: when rank 0 begins no more rounds of pairs (time.monotonic).
     """
-    steering, groups = Steering(nodes, limit, until), Groups(nodes)
+    steering, groups = Steering(nodes, until), Groups(nodes)
     steps = steering.steps()
 
     def next_step(reports: Reports) -> Step | None:
@@ -46,9 +46,10 @@ def check_network(exchange: Exchange, nodes: Sequence[str], limit: float, until:
             return None
 
     report: Any = None
-    clean = True
+    limit, clean = seconds, True
     while (step := exchange.report(report, next_step, limit)) is not None:
         report = {"rate": None, "problem": None}
+        limit = seconds / 3 if "pairs" in step else seconds
         try:
             rate = within(limit, lambda: carry_out(step, exchange.rank, groups))
             report["rate"] = None if rate is None else rate.model_dump()
@@ -108,8 +109,10 @@ def carry_out(step: Step, rank: int, groups: Groups) -> Rate | None:
                 if rank in (first, second):
                     return measure_pair(second if rank == first else first, world, leads=rank == first)
             return None
-        group = groups.own_node() if step["all_reduce"] == "node" else groups.world()
-        return None if group is None else measure_all_reduce(group)
+        if step["all_reduce"] is None:
+            return measure_all_reduce(groups.world())
+        group = groups.own_node()
+        return measure_all_reduce(group) if group is not None and groups.nodes[rank] in step["all_reduce"] else None
 
 
 def measure_pair(peer: int, group: Any, *, leads: bool) -> Rate:

@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from pydantic import BaseModel, Field
 
 from dist_train.build import fit_to_dataset
 from dist_train.plan_model import build_hollow
 from dist_train.plan_pretrained import tokenizer_of, without_weights
+from dist_train.plan_table import size
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
-from sharding.hardware import GIB
 from sharding.retention import completed
 from sharding.shards import load_info
 from slurm.findings import Finding, findings_of, first_ranks, severity_of
@@ -45,7 +46,8 @@ def disk_for(recipe: Recipe, run: RunDirectory) -> Disk:
     """
     recipe = fit_to_dataset(recipe)
     planned, _ = without_weights(recipe)
-    model = build_hollow(planned, tokenizer_of(recipe))
+    with torch.random.fork_rng(devices=[]):  # building sets the seed
+        model = build_hollow(planned, tokenizer_of(recipe))
     trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
     settings = recipe.checkpoint
     place = existing(run.checkpoints)
@@ -80,9 +82,9 @@ def worker_bytes(recipe: Recipe, world: int) -> int:
         UserError: the dataset cannot be opened.
     """
     splits = training_splits(recipe)
-    samples, size = (sum(split[name] for split in splits) for name in ("samples", "bytes"))
+    samples, held = (sum(split[name] for split in splits) for name in ("samples", "bytes"))
     clips = -(-recipe.data.batch // (world * recipe.training.accumulation))
-    return recipe.data.workers * BATCHES_AHEAD * clips * DECODED * size // max(samples, 1)
+    return recipe.data.workers * BATCHES_AHEAD * clips * DECODED * held // max(samples, 1)
 
 
 def free_bytes(path: Path) -> int | None:
@@ -107,7 +109,7 @@ def judge_space(
         nodes: name of the node of each rank.
     """
     if disk is not None:
-        sizes = f"a checkpoint takes {disk.checkpoint / GIB:.2f} GiB, {disk.place} has {disk.free / GIB:.2f} GiB free"
+        sizes = f"a checkpoint takes {size(disk.checkpoint)}, {disk.place} has {size(disk.free)} free"
         if disk.free < disk.kept * disk.checkpoint:
             problem = f"{sizes}, and {disk.kept} will be held at once (checkpoint.keep_last, the best, one in writing)"
             yield Finding(nodes[0], None, CHECK, f"{problem}. Free space, or give another --output.", "stop")
@@ -117,8 +119,8 @@ def judge_space(
     if worker is not None:
         ranks = Counter(nodes)
         small = {
-            rank: f"/dev/shm has {shared[rank] / GIB:.2f} GiB free, the data workers of {ranks[node]} ranks fill "
-            f"{worker * ranks[node] / GIB:.2f} GiB"
+            rank: f"/dev/shm has {size(shared[rank])} free, the data workers of {ranks[node]} ranks fill "
+            f"{size(worker * ranks[node])}"
             for node, rank in first_ranks(nodes).items()
             if rank in shared and shared[rank] < worker * ranks[node]
         }

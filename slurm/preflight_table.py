@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from sharding.hardware import GIB
+from dist_train.plan_table import size
 from slurm import preflight_device, preflight_directory, preflight_shards, preflight_space, preflight_versions
 from slurm.findings import Finding
 from slurm.preflight import CLOCK, Preflight
@@ -62,13 +62,14 @@ def rows(found: Preflight) -> Iterator[tuple[str, str]]:
     shared = min(found.shared_memory.values(), default=None)
     parts = []
     if found.disk is not None:
-        parts.append(f"{found.disk.free / GIB:.1f} GiB free for checkpoints of {found.disk.checkpoint / GIB:.3g} GiB")
+        parts.append(f"{size(found.disk.free)} free for checkpoints of {size(found.disk.checkpoint)}")
     if shared is not None:
-        parts.append(f"/dev/shm {shared / GIB:.1f} GiB")
+        parts.append(f"/dev/shm {size(shared)}")
     if parts:
         yield preflight_space.CHECK, ", ".join(parts)
     if preflight_directory.CHECK in found.seconds:
-        yield preflight_directory.CHECK, "written and read by all nodes"
+        wrong = any(one.check == preflight_directory.CHECK for one in found.findings)
+        yield preflight_directory.CHECK, "not the same on all nodes" if wrong else "written and read by all nodes"
     if found.skew:
         most = max(found.skew.values(), key=lambda one: abs(one.ahead))
         yield CLOCK, f"at most {abs(most.ahead):.3f} ± {most.within:.3f} s apart from the median"

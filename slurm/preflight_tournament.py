@@ -22,7 +22,7 @@ FEWEST = 3  # of two, nothing tells which one is slow
 
 Member = TypeVar("Member", bound=Hashable)
 Pair = tuple[int, int]
-Step = dict[str, Any]  # "pairs" of ranks that exchange, or an "all_reduce" of each "node" or the "world"
+Step = dict[str, Any]  # "pairs" of ranks that exchange, or an "all_reduce" in each of the nodes named, or of all ranks
 Reports = dict[int, Any]  # of each rank its "rate" in that step, if it had a part, and the "problem" it had
 Steps = Generator[Step, Reports, None]
 
@@ -57,17 +57,21 @@ class Network(BaseModel):
     rounds: tuple[int, int] = Field((0, 0), description="Rounds of pairs that were measured, of so many.")
 
 
+def better(before: Rate | None, now: Rate) -> Rate:
+    """Of two measurements of the same the faster one: what else the machines do makes some slower, none faster."""
+    return now if before is None or now.bytes_per_second > before.bytes_per_second else before
+
+
 class Steering:
     """Rank 0's part of the measurement.
 
     Args:
         nodes: name of the node of each rank.
-        limit: seconds that a rank has for a step.
         until: when no more rounds of pairs begin (time.monotonic).
     """
 
-    def __init__(self, nodes: Sequence[str], limit: float, until: float) -> None:
-        self.nodes, self.limit, self.until = nodes, limit, until
+    def __init__(self, nodes: Sequence[str], until: float) -> None:
+        self.nodes, self.until = nodes, until
         self.places: dict[str, list[int]] = {}
         for rank, node in enumerate(nodes):
             self.places.setdefault(node, []).append(rank)
@@ -108,22 +112,28 @@ class Steering:
             wrong = [reports[rank]["problem"] for rank in pair if reports[rank]["problem"] is not None]
             if wrong:
                 self.problems[pair] = wrong[0]
-                self.rates[pair] = Rate(bytes_per_second=0, seconds=self.limit)
+                self.rates[pair] = Rate(bytes_per_second=0, seconds=0)
                 continue
-            rate = Rate(**reports[pair[0]]["rate"])
-            if pair not in self.rates or rate.bytes_per_second > self.rates[pair].bytes_per_second:
-                self.rates[pair] = rate
+            self.rates[pair] = better(self.rates.get(pair), Rate(**reports[pair[0]]["rate"]))
 
     def all_reduces(self) -> Steps:
         """Of the ranks of each node, then of all."""
         if any(len(ranks) > 1 for ranks in self.places.values()):
-            reports = yield {"all_reduce": "node"}
-            self.findings += failures(reports, self.nodes, "an all-reduce among the ranks of a node")
-            own = {node: reports[ranks[0]]["rate"] for node, ranks in self.places.items()}
-            self.network.all_reduce_of_node = {node: Rate(**rate) for node, rate in own.items() if rate is not None}
-            self.findings += judge_nodes(self.network.all_reduce_of_node)
+            found = self.network.all_reduce_of_node
+            asked = list(self.places)
+            for _ in range(1 + AGAIN):
+                reports = yield {"all_reduce": asked}
+                self.findings += failures(reports, self.nodes, "an all-reduce among the ranks of a node")
+                for node in asked:
+                    rate = reports[self.places[node][0]]["rate"]
+                    if rate is not None:
+                        found[node] = better(found.get(node), Rate(**rate))
+                asked = slow_nodes(found)
+                if self.findings or not asked:
+                    break
+            self.findings += judge_nodes(found)
         if len(self.nodes) > 1 and not self.findings:
-            reports = yield {"all_reduce": "world"}
+            reports = yield {"all_reduce": None}
             self.findings += failures(reports, self.nodes, "an all-reduce of all ranks")
             self.network.all_reduce = Rate(**reports[0]["rate"]) if reports[0]["rate"] is not None else None
 
@@ -149,7 +159,7 @@ def rounds(members: Sequence[Member]) -> list[list[tuple[Member, Member]]]:
     """A round-robin tournament (circle method): every pair once, nobody twice in a round."""
     seats: list[Member | None] = [*members, *([None] * (len(members) % 2))]
     made = []
-    for _ in range(len(seats) - 1):
+    for _ in range(len(seats) - 1 if len(members) > 1 else 0):
         facing = zip(seats[: len(seats) // 2], reversed(seats), strict=False)
         made.append([(a, b) for a, b in facing if a is not None and b is not None])
         seats = [seats[0], seats[-1], *seats[1:-1]]
@@ -242,7 +252,7 @@ def judge_links(links: Sequence[Link], nodes: Sequence[str], problems: Mapping[P
     members, pairs = outliers(rates)
     for node, factor in members.items():
         worst = min((link for link in links if node in link.between), key=lambda link: link.bytes_per_second)
-        yield slow_finding(node, f"exchanges {tell(factor)} with every other node", worst)
+        yield slow_finding(node, f"exchanges {tell(factor)} with every other node", worst, problems)
     named: set[str] = set()
     for pair, factor in pairs.items():
         if not named & {*pair}:
@@ -253,13 +263,14 @@ def judge_links(links: Sequence[Link], nodes: Sequence[str], problems: Mapping[P
             node = min(pair, key=mean.__getitem__)
             named.add(node)
             other = pair[1] if node == pair[0] else pair[0]
-            yield slow_finding(node, f"exchanges {tell(factor)} with {other}", known[pair])
+            yield slow_finding(node, f"exchanges {tell(factor)} with {other}", known[pair], problems)
 
 
-def slow_finding(node: str, problem: str, link: Link) -> Finding:
+def slow_finding(node: str, problem: str, link: Link, problems: Mapping[Pair, str]) -> Finding:
     """A node that is to be left out."""
-    pace = f"{link.bytes_per_second / 1e9:.3g} GB/s, slowest between ranks {link.slowest[0]} and {link.slowest[1]}"
-    return Finding(node, None, CHECK, f"{problem} ({pace}). Have its network examined.", "bad node")
+    pace = problems.get(link.slowest, f"{link.bytes_per_second / 1e9:.3g} GB/s")
+    where = f"{pace}, slowest between ranks {link.slowest[0]} and {link.slowest[1]}"
+    return Finding(node, None, CHECK, f"{problem} ({where}). Have its network examined.", "bad node")
 
 
 def tell(factor: float) -> str:
@@ -279,15 +290,19 @@ def judge_inside(rates: Mapping[Pair, Rate], nodes: Sequence[str], problems: Map
             yield Finding(nodes[pair[0]], pair[0], CHECK, f"{problem}. Have the node examined.", "bad node")
 
 
+def slow_nodes(rates: Mapping[str, Rate]) -> list[str]:
+    """Nodes whose ranks exchange among themselves much slower than those of others."""
+    usual = statistics.median(rate.bytes_per_second for rate in rates.values()) if len(rates) >= FEWEST else 0.0
+    return [node for node, rate in rates.items() if rate.bytes_per_second * SLOWER < usual]
+
+
 def judge_nodes(rates: Mapping[str, Rate]) -> Iterator[Finding]:
-    """Names nodes whose ranks exchange among themselves much slower than those of others."""
-    if len(rates) >= FEWEST:
+    """Names them."""
+    for node in slow_nodes(rates):
         usual = statistics.median(rate.bytes_per_second for rate in rates.values())
-        for node, rate in rates.items():
-            if rate.bytes_per_second * SLOWER < usual:
-                factor = tell(times(usual, rate.bytes_per_second))
-                problem = f"an all-reduce among its ranks is {factor} ({rate.bytes_per_second / 1e9:.3g} GB/s)"
-                yield Finding(node, None, CHECK, f"{problem}. Have the node examined.", "bad node")
+        own = rates[node].bytes_per_second
+        problem = f"an all-reduce among its ranks is {tell(times(usual, own))} ({own / 1e9:.3g} GB/s)"
+        yield Finding(node, None, CHECK, f"{problem}. Have the node examined.", "bad node")
 
 
 def failures(reports: Reports, nodes: Sequence[str], what: str) -> Iterator[Finding]:
