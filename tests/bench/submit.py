@@ -2,8 +2,8 @@
 
     python -m tests.slurm.cluster run python -m tests.bench.submit
 
-Slurm's share is what it waits by its settings (before a requeued job may start again 8 s on the test cluster, two minutes on
-most others: cred_expire); ours is all else.
+Slurm's share is what it waits by its settings: before a requeued job may start again (cred_expire) 8 s on the test
+cluster, two minutes on most others. Ours is all else.
 """
 
 from __future__ import annotations
