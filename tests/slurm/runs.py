@@ -25,6 +25,7 @@ def write_tiny(folder: Path, *, epochs: int = 12, **training: Any) -> Path:
         tiny.write_corpus(folder / "shards", train=60),
         training={"epochs": epochs, "validate_every": 2, **training},
         checkpoint={"every_steps": 5, "keep_last": 3},
+        data={"workers": 1},
     )
     write_recipe(made, folder / "recipe.yaml")
     return folder / "recipe.yaml"

@@ -40,6 +40,23 @@ heartbeat.listeners.append(Fault())
     run.wait("the end of the job", lambda: "FAILED" in idle_cluster.slurm("sacct", "-nXj", run.job, "-o", "State"))
 
 
+def test_bad_node(recipe: Path, idle_cluster: LabCluster, tmp_path: Path) -> None:
+    """A node that does not see the shards is named by preflight; the run goes on without it."""
+    if idle_cluster.mode != "netns":
+        pytest.skip("nodes share all mounts in this mode")
+    shards = str(recipe.parent / "shards")
+    idle_cluster.exec("node2", "mount", "-t", "tmpfs", "tmpfs", shards)
+    try:
+        run = SubmittedRun(recipe, tmp_path / "run", "training.epochs=1", nodes="1-2", preflight=True)
+        last = run.wait_end()
+    finally:
+        idle_cluster.exec("node2", "umount", shards)
+    first = run.attempts[0]
+    assert (first.outcome, first.decision, first.excluded) == ("bad nodes", "requeue", ["node2"]), run.printed()
+    assert shards in first.failures[0].error
+    assert (last.decision, last.nodes) == ("done", ["node1"]), run.printed()
+
+
 def test_users_mistake(recipe: Path, idle_cluster: LabCluster, tmp_path: Path) -> None:
     """What would go wrong again is not tried again."""
     run = SubmittedRun(recipe, tmp_path / "run", "optimizer.learning_rate=1e30", nodes="1")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from submitit.slurm.slurm import SlurmExecutor
 
+from slurm import executor
 from tests.slurm.conftest import LabCluster
 from tests.slurm.runs import SubmittedRun, same, write_tiny
 
@@ -33,9 +36,18 @@ def reference(recipe: Path, cluster: LabCluster) -> dict[str, Any]:
     return found
 
 
-def test_asked_to_stop(recipe: Path, reference: dict[str, Any], idle_cluster: LabCluster, tmp_path: Path) -> None:
-    """A signal, a preemption and a requeue by hand, one after another."""
-    run = SubmittedRun(recipe, tmp_path / "run")
+def test_asked_to_stop(
+    recipe: Path,
+    reference: dict[str, Any],
+    idle_cluster: LabCluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal, a preemption and a requeue by hand. Submitit, if asked, would end the job at the first
+    signal: in a job of less than ten minutes each counts as a time-out, and none is left.
+    """
+    monkeypatch.setattr(executor, "SlurmExecutor", partial(SlurmExecutor, max_num_timeout=-1))
+    run = SubmittedRun(recipe, tmp_path / "run", time="9:00")
     run.wait_step(6)
     idle_cluster.slurm("scancel", "--signal=USR2", run.job)
     run.wait_attempt(1)
