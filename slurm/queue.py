@@ -65,7 +65,7 @@ def job_states(jobs: Iterable[str], seconds: float = SECONDS) -> dict[str, JobSt
         seconds: each of the two may take.
     """
     every = dict.fromkeys(jobs)
-    states = {job: JobState("UNKNOWN", "is no job id") for job in every}
+    states = {job: JobState("UNKNOWN", "is no job id", answered=False) for job in every}
     asked = [job for job in every if JOB.fullmatch(job)]
     if not asked:
         return states
