@@ -1,5 +1,5 @@
-"""The true state of jobs. squeue is asked first: a job that Slurm has requeued is FAILED or NODE_FAIL in the accounting's
-records and yet alive. The accounting tells of jobs that the controller has forgotten.
+"""The true state of jobs. squeue is asked first: a job that Slurm has requeued is FAILED or NODE_FAIL in the records of
+the accounting and yet alive. The accounting tells of jobs that the controller has forgotten.
 """
 
 from __future__ import annotations

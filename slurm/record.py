@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -38,6 +39,13 @@ class Submission(BaseModel):
     command: str
     settings: LaunchSettings
     chain: list[ChainLink] = Field(default_factory=list)
+
+
+class Launch(BaseModel):
+    """What a job reads at its start; written before it is submitted, as it may start at once."""
+
+    settings: LaunchSettings
+    accept_other_base: bool = False
 
 
 class Failure(BaseModel):
@@ -91,7 +99,23 @@ class LaunchRecord:
         self.recipe = self.path / "recipe.yaml"  # as submitted, resolved
         self.code = self.path / "code"  # as submitted
         self.environment = self.path / "environment.json"
-        self.folder = self.path / "jobs" / "%j"  # submitit's: logs of all ranks, the pickled job
+        self.launch = self.path / "launch.json"
+        self.jobs = self.path / "jobs"  # of each submission a folder of Submitit's: logs of all ranks, pickles
+
+    def new_folder(self) -> Path:
+        """For a submission: fresh, as job ids may begin anew and old results would be taken for new ones."""
+        number = 1 + max((int(path.name) for path in self.jobs.glob("[0-9]*") if path.name.isdecimal()), default=0)
+        folder = self.jobs / str(number)
+        folder.mkdir(parents=True)
+        return folder
+
+    def log(self, job: str, rank: int, stream: Literal["out", "err"]) -> Path | None:
+        """What a rank of a job has printed; None if there is nothing. Rank 0's are also those of the batch script."""
+        return next(iter(sorted(self.jobs.glob(f"*/{job}_{rank}_log.{stream}"), reverse=True)), None)
+
+    def discard(self) -> None:
+        """Removes all this."""
+        shutil.rmtree(self.path, ignore_errors=True)
 
     def reports(self, job: str, restart: int) -> Path:
         """Folder in which the ranks of an attempt leave what went wrong."""
@@ -108,6 +132,28 @@ class LaunchRecord:
             UserError: a line is none.
         """
         return [parse(Submission, row, self.submissions) for row in rows(self.submissions)]
+
+    def write_launch(self, launch: Launch) -> None:
+        """For the jobs to come."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        temporary = self.launch.with_suffix(".new")
+        temporary.write_text(launch.model_dump_json(indent=1))
+        temporary.replace(self.launch)
+
+    def read_launch(self) -> Launch:
+        """How the run is launched.
+
+        Raises:
+            UserError: it was never submitted, or the file is damaged.
+        """
+        try:
+            return parse(Launch, json.loads(self.launch.read_text()), self.launch)
+        except FileNotFoundError:
+            raise UserError(str(self.run), "was never submitted", "Use dist-train submit.") from None
+        except (OSError, ValueError) as error:
+            raise UserError(
+                str(self.launch), f"cannot be read ({error})", "Submit the run again with --resume."
+            ) from None
 
     def add_attempt(self, attempt: Attempt) -> None:
         """Appends an attempt: once when it starts, again when it ends."""
