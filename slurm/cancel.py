@@ -39,8 +39,8 @@ def cancel(run: Path, *, now: bool) -> int:
     submissions = LaunchRecord(run).read_submissions()
     if not submissions:
         found = gather([run])[0]
-        stop = next((one.command for one in found.next if one.command.startswith("kill")), "Ctrl-C where it runs")
-        raise UserError(str(run), "was not submitted, but started by hand", f"Stop it by {stop}: it saves and ends.")
+        how = next((one.command for one in found.next if one.command.startswith("kill")), "Ctrl-C where it runs")
+        raise UserError(str(run), "was not submitted, but started by hand", f"Stop it by {how}: it saves and ends.")
     last = submissions[-1]
     jobs = [job for one in submissions for job in (*own(one), *(link.job for link in one.chain))]
     wrong = [job for job in jobs if not JOB.fullmatch(job)]

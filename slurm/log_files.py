@@ -1,4 +1,4 @@
-"""Where the output of each rank lies: submitit's files of a submitted job, or the launcher's of a run by hand."""
+"""Where the output of each rank lies: Submitit's files of a submitted job, or the launcher's of ranks it started."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import re
 from pathlib import Path
 
 from slurm.queue import JOB
-from slurm.record import LaunchRecord
+from slurm.record import Attempt, LaunchRecord
 
 
-def job_folder(record: LaunchRecord, job: str) -> Path:
-    """Submitit's folder of a job; of an array's elements it may be one for all."""
-    own = Path(str(record.folder).replace("%j", job))
-    shared = Path(str(record.folder).replace("%j", job.partition("_")[0]))
-    return shared if shared.is_dir() and not own.is_dir() else own
-
-
-def job_logs(record: LaunchRecord, job: str) -> dict[int, list[Path]]:
-    """stderr and stdout files of a job that are there, by rank."""
+def job_folder(record: LaunchRecord, job: str) -> Path | None:
+    """Submitit's folder of a job; the newest, if an id was given twice."""
     if not JOB.fullmatch(job):  # a record may come from anywhere
-        return {}
-    return by_rank(job_folder(record, job), rf"{job}_([0-9]{{1,9}})_log\.(?:err|out)")
+        return None
+    folders = {path.parent for path in record.jobs.glob(f"*/{job}_*")}
+    return max(folders, key=lambda path: (path.name.isdecimal(), len(path.name), path.name), default=None)
+
+
+def job_logs(record: LaunchRecord, job: str, last: Attempt | None) -> dict[int, list[Path]]:
+    """stderr and stdout files of a job that are there, by rank.
+
+    Args:
+        last: its last attempt: a local job's ranks but the first write to files of each attempt.
+    """
+    folder = job_folder(record, job)
+    found = {} if folder is None else by_rank(folder, rf"{job}_([0-9]{{1,9}})_log\.(?:err|out)")
+    local = {} if last is None else by_rank(record.reports(last.job, last.restart), r"rank_([0-9]{1,9})\.log")
+    return dict(sorted({**local, **found}.items()))
 
 
 def run_logs(run: Path) -> dict[int, list[Path]]:
@@ -33,9 +39,9 @@ def stacks(run: Path) -> dict[int, list[Path]]:
     return by_rank(run / "logs", r"rank_([0-9]{1,9})\.stacks\.txt")
 
 
-def reports(folder: Path) -> dict[int, list[Path]]:
-    """What the ranks reported (see `sharding.launch.report_errors`)."""
-    return by_rank(folder, r"rank_([0-9]{1,9})\.error\.json")
+def reports(folder: Path) -> list[int]:
+    """The ranks that reported an error (see `sharding.launch.report_errors`)."""
+    return list(by_rank(folder, r"rank_([0-9]{1,9})\.error\.json"))
 
 
 def by_rank(folder: Path, pattern: str) -> dict[int, list[Path]]:

@@ -99,7 +99,7 @@ def show(run: Path, rank: int | None, *, every: bool, lines: int, follow: bool, 
 def chosen(files: Files, rank: int | None) -> dict[Path, int]:
     """The log files of a rank, or of all, with the rank of each; the one written last comes last."""
     last = files.submission
-    logs = run_logs(files.run) if last is None else job_logs(files.record, last.job)
+    logs = run_logs(files.run) if last is None else job_logs(files.record, last.job, files.last_attempt)
     picked = {number: paths for number, paths in logs.items() if rank in (None, number)}
     return {
         path: number for number, paths in picked.items() for path in sorted(paths, key=lambda one: modified(one) or 0)
@@ -109,7 +109,7 @@ def chosen(files: Files, rank: int | None) -> dict[Path, int]:
 def nothing(files: Files, rank: int | None) -> tuple[str, str]:
     """What is told where there is no output: problem and remedy."""
     last = files.submission
-    there = sorted({number for number in chosen(files, None).values()})
+    there = sorted(set(chosen(files, None).values()))
     ranks = f"There is output of rank{'s' * (len(there) > 1)} {', '.join(map(str, there[:8]))}."
     if last is None:
         own = "rank 0 of a run by hand writes to the terminal that started it" if rank in (0, None) else "none is there"

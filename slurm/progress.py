@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 import re
 import time
@@ -134,7 +133,8 @@ def read_recipe(path: Path, found: Progress, notes: list[str]) -> None:
 def read_metrics(path: Path, found: Progress, notes: list[str]) -> None:
     """The last step, and the pace of the last ones."""
     found.logged = modified(path)
-    steps, validations = [], []
+    steps: list[dict[str, Any]] = []
+    validations: list[dict[str, Any]] = []
     for line in (read(path, MOST_METRICS, notes, tail=True) or "").splitlines():
         try:
             row = json.loads(line)
@@ -198,8 +198,8 @@ def modified(path: Path) -> float | None:
 
 def finite(value: Any) -> float | None:
     """A number out of a foreign file; None for what is none."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-    return float(value) if good and math.isfinite(value) else None
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if number and abs(value) < 1e30 else None  # NaN compares false
 
 
 def whole(value: Any) -> int | None:

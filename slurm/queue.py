@@ -75,7 +75,11 @@ def job_states(jobs: Iterable[str], seconds: float = SECONDS) -> dict[str, JobSt
         return states | {job: JobState("UNKNOWN", f"squeue: {text}", answered=False) for job in asked}
     rows = [line.split("|") for line in text.splitlines()] if found else []
     # A job that other jobs wait for, or a plug-in that talks, may add lines; the last of a job counts.
-    known = {row[0].strip(): JobState(*map(given, row[1:])) for row in rows if len(row) == 6}
+    known = {}
+    for row in rows:
+        if len(row) == 6:
+            number, state, reason, nodes, start, end = map(given, row)
+            known[number] = JobState(state, reason, nodes, start, end)
     ended = [job for job in asked if job not in known or not (known[job].live or known[job].state == "COMPLETED")]
     nobody = dict.fromkeys(asked, JobState("UNKNOWN", "neither squeue nor sacct knows the job"))
     return states | nobody | {job: known[job] for job in asked if job in known} | from_accounting(ended, seconds)

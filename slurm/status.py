@@ -7,6 +7,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from sharding.errors import UserError, plain
 from sharding.files import MOST_YAML
 from slurm.log_files import job_folder, job_logs, reports, run_logs
 from slurm.progress import Progress, modified, process_lives, read, read_progress
-from slurm.queue import JOB, JobState, job_states
+from slurm.queue import JobState, job_states
 from slurm.record import Attempt, LaunchRecord, Record, Submission, parse, rows
 from slurm.verdict import OVER, Case, State, moment, verdict
 
@@ -123,6 +124,11 @@ class Files:
         return self.submissions[-1] if self.submissions else None
 
     @property
+    def last_attempt(self) -> Attempt | None:
+        """Of the last submission's job; None if it told of none."""
+        return next((one for one in reversed(self.attempts) if one.job == getattr(self.submission, "job", None)), None)
+
+    @property
     def jobs(self) -> list[str]:
         """What Slurm is to be asked of."""
         last = self.submission
@@ -207,7 +213,7 @@ def rank_errors(files: Files, attempts: list[Attempt]) -> list[RankError]:
         place = files.run / "logs"
         return [one for rank in reports(place) for one in reported(place, rank, None, logs.get(rank))]
     last = attempts[-1]
-    logs, place = job_logs(files.record, last.job), files.record.reports(last.job, last.restart)
+    logs, place = job_logs(files.record, last.job, last), files.record.reports(last.job, last.restart)
     found = [
         RankError(
             rank=failure.rank,
@@ -246,8 +252,8 @@ def node_of(attempt: Attempt, rank: int | None) -> str | None:
 def log_places(files: Files) -> list[Path]:
     """The folder of the last job's output, and of stacks and heartbeats if there is one."""
     last = files.submission
-    own = [] if last is None or not JOB.fullmatch(last.job) else [job_folder(files.record, last.job)]
-    return [place for place in (*own, files.run / "logs") if place.is_dir()]
+    own = None if last is None else job_folder(files.record, last.job)
+    return [place for place in (own, files.run / "logs") if place is not None and place.is_dir()]
 
 
 def advice(status: RunStatus, last: Submission | None) -> Iterator[Advice]:
@@ -282,9 +288,7 @@ def resume(status: RunStatus, last: Submission | None) -> str:
         return command if "--resume" in command.split() else f"{command} --resume"
     run = RunDirectory(status.run)
     made: Any = None
-    try:
+    with suppress(ValueError, TypeError, LookupError, RecursionError):
         made = json.loads(read(run.environment, MOST_YAML, []) or "")["world_size"]
-    except (ValueError, TypeError, LookupError, RecursionError):
-        pass
     ranks = ["--ranks", str(made)] if isinstance(made, int) and 1 < made < 1 << 31 else []
     return shlex.join(["dist-train", "train", str(run.recipe), "--output", str(run.path), *ranks, "--resume"])

@@ -95,25 +95,26 @@ def waiting(case: Case, job: JobState) -> tuple[State, str]:
     if not case.attempts:
         return "pending", why
     before = told(case.attempts[-1])
-    return "requeued", "; ".join(filter(None, (before, f"now it waits: {why}" if why else "now it waits")))
+    return "requeued", join(before, f"now it waits: {why}" if why else "now it waits")
 
 
 def live(case: Case, job: JobState) -> tuple[State, str]:
     """The job has its nodes."""
-    if job.state in ("SUSPENDED", "STOPPED"):
-        return "suspended", "Slurm has suspended the job"
     attempt = case.current
-    if attempt is None:
-        if job.state == "CONFIGURING":
-            return "starting", "its nodes are being prepared"
-        return "starting", "the nodes are looked at, and the ranks start"
-    if attempt.outcome is not None:
-        if attempt.decision == "requeue":
-            return "requeued", f"{told(attempt)}; Slurm is ending the attempt"
-        return ended(case, job)
-    if job.state == "COMPLETING":
-        return "running", "Slurm is ending the job"
-    return by_phase(case)
+    if job.state in ("SUSPENDED", "STOPPED"):
+        found: tuple[State, str] = "suspended", "Slurm has suspended the job"
+    elif attempt is None:
+        prepared = "its nodes are being prepared" if job.state == "CONFIGURING" else "the ranks start"
+        found = "starting", prepared
+    elif attempt.decision in ("stop", "done"):
+        found = ended(case, job)
+    elif attempt.outcome is not None:
+        found = "requeued" if attempt.decision else "running", f"{told(attempt)}; Slurm is ending the attempt"
+    elif job.state == "COMPLETING":
+        found = "running", "Slurm is ending the attempt"
+    else:
+        found = by_phase(case)
+    return found
 
 
 def by_phase(case: Case) -> tuple[State, str]:
@@ -138,21 +139,28 @@ def ended(case: Case, job: JobState) -> tuple[State, str]:
     """The job is over, or its attempt is and nothing follows."""
     last = case.attempts[-1] if case.attempts else None
     how = how_ended(job.state, job.reason, job.exit_code)
+    saved = f"saved at step {last.last_step}" if last is not None and last.outcome == "stopped" else ""
+    gone = (
+        f"it was to be requeued, but the job is over: {how}" if last is not None and last.decision == "requeue" else ""
+    )
     if case.finished:
         return "finished", ""
-    if last is not None and last.outcome == "stopped":
-        gone = f"; but the job is over: {how}" if last.decision == "requeue" else ""
-        return "cancelled" if case.cancelled else "stopped", told(last) + gone
     if case.cancelled is not None:
-        return "cancelled", f"by dist-train cancel, {ago(case.cancelled, case.now)}"
-    if last is not None and last.outcome not in (None, "lost"):
-        return "failed", told(last)
-    if job.state == "CANCELLED":
-        return "cancelled", "by scancel, or by Slurm" if last else f"before it began{bracketed(job.reason)}"
-    first = case.errors[0] if case.errors else ""
-    if last is not None:
-        return "failed", "; ".join(filter(None, (first, f"the attempt told no end; {how}")))
-    return "failed", "; ".join(filter(None, (first, f"it ended before the training began; {how}")))
+        return "cancelled", join(saved, f"by dist-train cancel, {ago(case.cancelled, case.now)}")
+    if last is not None and last.decision == "stop":
+        return "stopped" if saved else "failed", told(last)
+    if job.state == "CANCELLED" or saved:
+        before = "" if last else f"before it began{f' [{job.reason}]' if job.reason else ''}"
+        return "cancelled" if job.state == "CANCELLED" else "stopped", join(saved, before or gone or how)
+    told_none = "the attempt told no end" if last else "it ended before the training began"
+    return "failed", join(
+        *case.errors[:1], gone or (told(last) if last and last.outcome else told_none), "" if gone else how
+    )
+
+
+def join(*parts: str) -> str:
+    """Parts of a sentence, those that are not empty."""
+    return "; ".join(filter(None, parts))
 
 
 def unanswered(case: Case, job: JobState) -> tuple[State, str]:
@@ -212,8 +220,3 @@ def told(attempt: Attempt) -> str:
     failure = attempt.failures[0].error if attempt.failures else ""
     lost = "the attempt told no end, as when a node is lost"
     return (attempt.reason or failure or (lost if attempt.outcome in (None, "lost") else attempt.outcome)).rstrip(".")
-
-
-def bracketed(reason: str) -> str:
-    """Slurm's name of a reason, for the end of a sentence."""
-    return f" [{reason}]" if reason else ""
