@@ -38,14 +38,15 @@ def cancel(run: Path, *, now: bool) -> int:
     files = Files(run)
     submissions = LaunchRecord(run).read_submissions()
     if not submissions:
-        found = gather([run])[0]
+        found = gather([files])[0]
         how = next((one.command for one in found.next if one.command.startswith("kill")), "Ctrl-C where it runs")
         raise UserError(str(run), "was not submitted, but started by hand", f"Stop it by {how}: it saves and ends.")
     last = submissions[-1]
     jobs = [job for one in submissions for job in (*own(one), *(link.job for link in one.chain))]
     wrong = [job for job in jobs if not JOB.fullmatch(job)]
     if wrong:
-        raise UserError(str(files.record.submissions), f"names {wrong[0]!r}, which is no job id", "Remove the line.")
+        problem = f"names {wrong[0][:30]!r}, which is no job id"
+        raise UserError(str(files.record.submissions), problem, "Remove the line.")
     states = job_states(jobs, ASK_SECONDS) if jobs else {}
     before = status_of(files, states)
     live = [job for job in jobs if states[job].live or not states[job].answered]
@@ -80,8 +81,11 @@ def mark(record: LaunchRecord) -> None:
         UserError: the disk refuses.
     """
     when = datetime.now().astimezone().isoformat(timespec="seconds")
+    temporary = record.cancelled.with_name("cancelled.new")
     try:
-        record.cancelled.write_text(f"{when} {getpass.getuser()}@{platform.node()}\n")
+        temporary.unlink(missing_ok=True)  # whatever it is: a foreign directory may have put a FIFO or a link there
+        temporary.write_text(f"{when} {getpass.getuser()}@{platform.node()}\n")
+        temporary.replace(record.cancelled)
     except OSError as error:
         raise UserError(
             str(record.cancelled), f"cannot be written ({error.strerror}), and without it the run may be requeued",
@@ -174,7 +178,7 @@ def wait(run: Path | None, console: Console, seconds: float, over: Callable[[], 
 
 def tell(run: Path, last: Submission) -> None:
     """What was saved last, and how to go on."""
-    after = gather([run])[0]
+    after = gather([Files(run)])[0]
     console = Console()
     progress = after.progress
     if not after.over:

@@ -119,7 +119,7 @@ def nothing(files: Files, rank: int | None) -> tuple[str, str]:
         )
     if there:
         return f"has no output of rank {rank} of job {plain(last.job)}", ranks
-    found = gather([files.run])[0]
+    found = gather([files])[0]
     why = f" ({found.why})" if found.why else ""
     return f"has no output yet: job {plain(last.job)} is {found.state}{why}", "--follow waits for it."
 
@@ -141,7 +141,7 @@ def following(
         while True:
             if time.monotonic() - asked > ASK:
                 files = Files(files.run)
-                found = gather([files.run])[0]
+                found = gather([files])[0]
                 asked, over = time.monotonic(), found.over
                 if found.state != state:
                     state = found.state

@@ -77,6 +77,8 @@ class Progress(BaseModel):
     """The recipe wants heartbeats."""
     saved_step: int | None = None
     saved: float | None = None
+    begun: float | None = None
+    """When it was started, or resumed: recipe.yaml was written."""
     finished: float | None = None
     """When summary.json was written."""
 
@@ -99,7 +101,7 @@ def process_lives(pid: str, told: float) -> bool:
 def read_progress(directory: Path, notes: list[str]) -> Progress:
     """What a run directory tells of its run. What is damaged is left out and named in `notes`."""
     run, found = RunDirectory(directory), Progress()
-    found.finished = modified(run.summary)
+    found.finished, found.begun = modified(run.summary), modified(run.recipe) or modified(run.logs)
     read_recipe(run.recipe, found, notes)
     read_metrics(run.metrics, found, notes)
     read_heartbeat(run.logs / "heartbeat.json", found, notes)
@@ -209,7 +211,8 @@ def whole(value: Any) -> int | None:
 
 def ago(when: float, now: float | None = None) -> str:
     """How long ago, in words."""
-    return f"{lasting(max((time.time() if now is None else now) - when, 0))} ago"
+    passed = (time.time() if now is None else now) - when
+    return f"{lasting(passed)} ago" if passed >= 1 else "just now"
 
 
 def lasting(seconds: float) -> str:

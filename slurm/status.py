@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -115,8 +115,8 @@ class Files:
                     yield parse(kind, row, path)
                 except UserError as error:
                     self.notes.append(str(error))
-        except OSError as error:
-            self.notes.append(f"{path}: cannot be read ({error.strerror}).")
+        except UserError as error:
+            self.notes.append(str(error))
 
     @property
     def submission(self) -> Submission | None:
@@ -137,13 +137,9 @@ class Files:
         return [*([last.job] if last.cluster == "slurm" else []), *(link.job for link in last.chain)]
 
 
-def gather(runs: Sequence[Path]) -> list[RunStatus]:
-    """The status of each run, Slurm asked once for all.
-
-    Raises:
-        UserError: one of them is no run directory.
-    """
-    every = [Files(run) for run in runs]
+def gather(runs: Iterable[Files]) -> list[RunStatus]:
+    """The status of each run, Slurm asked once for all."""
+    every = list(runs)
     jobs = [job for files in every for job in files.jobs]
     states = job_states(jobs, ASK_SECONDS) if jobs else {}
     return [status_of(files, states) for files in every]
@@ -156,14 +152,15 @@ def status_of(files: Files, states: dict[str, JobState], now: float | None = Non
         states: what Slurm says of its jobs.
     """
     now = time.time() if now is None else now
-    last, progress, notes = files.submission, files.progress, files.notes
+    last, progress = files.submission, files.progress
     job = None if last is None else states[last.job] if last.cluster == "slurm" else local_state(last)
     mine = [attempt for attempt in files.attempts if last is not None and attempt.job == last.job]
     errors = rank_errors(files, mine)
     case = Case(last, job, mine, progress, files.cancelled, now, [one.error for one in errors])
     state, why = verdict(case)
     attempts = [closed(one, case) for one in files.attempts]
-    found = RunStatus(run=files.run, state=state, why=plain(why), progress=progress, attempts=attempts, notes=notes)
+    found = RunStatus(run=files.run, state=state, why=plain(why), progress=progress, attempts=attempts)
+    found.notes = notes = files.notes.copy()
     if state in ("pending", "starting", "running", "saving", "finished") and not any(one.failures for one in mine[-1:]):
         errors = []
     found.errors = errors
@@ -174,9 +171,9 @@ def status_of(files: Files, states: dict[str, JobState], now: float | None = Non
             for link in last.chain
         ]
         if not job.answered:
-            asked = f"Slurm tells nothing of job {last.job} ({job.reason})"
+            asked = f"Slurm tells nothing of job {last.job[:30]} ({job.reason})"
             notes.append(plain(asked if last.cluster == "slurm" else f"The job {job.reason}") + FILES_TELL)
-        if case.running and last.cluster == "slurm":
+        if case.running and job.state != "COMPLETING" and last.cluster == "slurm":
             found.limit = moment(job.end)
             if found.limit is not None and files.cancelled is None:
                 found.saves = found.limit - last.settings.signal_seconds
@@ -267,7 +264,7 @@ def advice(status: RunStatus, last: Submission | None) -> Iterator[Advice]:
         yield Advice(command=ours("report", run), what="figures of the run on one page")
         yield Advice(command=ours("evaluate", run), what="predictions and scores of the best checkpoint")
     elif status.over:
-        if last is not None or status.state == "failed":
+        if status.state == "failed":
             yield Advice(command=ours("logs", run, "--errors"), what="what every rank reported")
         yield Advice(command=resume(status, last), what="goes on from the last checkpoint")
     elif last is not None:
@@ -277,7 +274,7 @@ def advice(status: RunStatus, last: Submission | None) -> Iterator[Advice]:
     elif status.progress.places and status.progress.places[0].lives(status.progress.heard or 0):
         pid = status.progress.places[0].process.rpartition(":")[2]
         yield Advice(command=f"kill -TERM {pid}", what="saves and ends it")
-    else:
+    elif status.state != "starting":
         yield Advice(command=resume(status, None), what="goes on from the last checkpoint, if it has ended")
 
 

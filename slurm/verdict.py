@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-from slurm.progress import Progress, ago
+from slurm.progress import SILENT, Progress, ago
 from slurm.queue import JobState
 from slurm.record import Attempt, Submission
 from slurm.words import how_ended, why_waiting
@@ -103,6 +103,8 @@ def live(case: Case, job: JobState) -> tuple[State, str]:
     attempt = case.current
     if job.state in ("SUSPENDED", "STOPPED"):
         found: tuple[State, str] = "suspended", "Slurm has suspended the job"
+    elif attempt is None and job.state == "COMPLETING" and case.attempts:
+        found = "requeued", f"{told(case.attempts[-1])}; Slurm is ending the attempt"
     elif attempt is None:
         prepared = "its nodes are being prepared" if job.state == "CONFIGURING" else "the ranks start"
         found = "starting", prepared
@@ -207,11 +209,13 @@ def without_heartbeat(case: Case) -> tuple[State, str]:
         return "finished", ""
     if case.errors:
         return "failed", case.errors[0]
+    if progress.begun is not None and case.now - progress.begun < SILENT and progress.begun > (progress.logged or 0):
+        return "starting", f"it began {ago(progress.begun, case.now)}, and no rank was heard of yet"
     pace = max(60.0, 5 * (progress.step_seconds or 0))
     if not progress.watched and progress.logged is not None and case.now - progress.logged < pace:
         return "running", f"as it seems: it has no watchdog, and logged a step {ago(progress.logged, case.now)}"
     if progress.step is None:
-        return "unknown", "it has made no step yet, and no rank tells that it lives: it has just begun, or never did"
+        return "stopped", "it ended before its first step"
     return "stopped", "it ended before it was finished"
 
 
