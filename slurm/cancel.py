@@ -50,7 +50,7 @@ def cancel(run: Path, *, now: bool) -> int:
     states = job_states(jobs, ASK_SECONDS) if jobs else {}
     before = status_of(files, states)
     live = [job for job in jobs if states[job].live or not states[job].answered]
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     if before.over and not live:
         console.print(f"{run} is over already: {before.state}. There is nothing to cancel.", markup=False)
         return 0
@@ -179,7 +179,7 @@ def wait(run: Path | None, console: Console, seconds: float, over: Callable[[], 
 def tell(run: Path, last: Submission) -> None:
     """What was saved last, and how to go on."""
     after = gather([Files(run)])[0]
-    console = Console()
+    console = Console(highlight=False)
     progress = after.progress
     if not after.over:
         console.print(f"{run}: {after.state}, Slurm is still ending it.", markup=False, soft_wrap=True)
