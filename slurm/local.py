@@ -11,8 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from sharding.errors import UserError, UserErrors
-from sharding.launch import report_errors, run_local
+from sharding.launch import run_ranks
 from slurm.aftermath import outcome_of
 from slurm.job import LOCAL_JOB, LOCAL_RESTART, saved_step
 from slurm.record import Attempt, LaunchRecord
@@ -43,7 +42,9 @@ class LocalJob:
                 job=job, restart=restart, started=time.time(), nodes=[platform.node()], ranks=settings.ranks,
                 first_step=saved_step(record.run),
             )  # fmt: skip
-            code = self.attempt(record, begun)
+            code, _ = run_ranks(
+                [sys.executable, "-m", "slurm.job", self.run], settings.ranks, record.reports(job, restart)
+            )
             ended = outcome_of(record, begun, code, errors="")
             attempts.append(ended)
             # Nobody but the user stops a local run.
@@ -52,12 +53,3 @@ class LocalJob:
             print(f"dist-train: {decision.action}: {decision.reason}", file=sys.stderr, flush=True)
             if decision.action != "requeue":
                 return 0 if decision.action == "done" else code or 1
-
-    def attempt(self, record: LaunchRecord, attempt: Attempt) -> int:
-        """All ranks once. Returns the exit code of the one that failed first."""
-        command = [sys.executable, "-m", "slurm.job", self.run]
-        try:
-            return run_local(command, attempt.ranks, record.reports(attempt.job, attempt.restart))
-        except (UserError, UserErrors) as error:
-            report_errors(error.errors if isinstance(error, UserErrors) else [error])
-            return 2

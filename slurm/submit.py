@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,10 +20,11 @@ from dist_train.run_directory import RunDirectory
 from sharding.errors import UserError
 from slurm.check import check_cluster, check_place, node_groups
 from slurm.check_recipe import check_memory, check_recipe, hardware_named
-from slurm.executor import script_of, slurm_executor, submit, test_only
+from slurm.executor import ours_win, script_of, slurm_executor, submit, test_only
 from slurm.freeze import freeze
 from slurm.job import TrainingJob
 from slurm.local import LocalJob
+from slurm.queue import job_state
 from slurm.record import Launch, LaunchRecord, Submission
 from slurm.settings import LaunchSettings
 
@@ -119,12 +122,14 @@ def queue(request: Request, recipe: Recipe, record: LaunchRecord, say: Callable[
     if request.cluster == "slurm":
         executor = slurm_executor(record, request.settings, folder, name_of(request))
         record.script.write_text(script_of(executor))
+        ours_win(request.settings)
         say(test_only(record.script))
         job = submit(executor, TrainingJob(str(record.run)))
     else:
         local = submitit.LocalExecutor(folder)
         local.update_parameters(timeout_min=FOREVER)
-        job = submit(local, LocalJob(str(record.run)))
+        with with_variables(record, request.settings), without_terminal():
+            job = submit(local, LocalJob(str(record.run)))
     submission = Submission(
         cluster=request.cluster,
         job=job.job_id,
@@ -137,12 +142,47 @@ def queue(request: Request, recipe: Recipe, record: LaunchRecord, say: Callable[
     return submission
 
 
+@contextmanager
+def with_variables(record: LaunchRecord, settings: LaunchSettings) -> Iterator[None]:
+    """The environment of local ranks, which a batch script would export: the frozen code goes first."""
+    before = dict(os.environ)
+    paths = [str(record.code), *filter(None, [settings.environment.get("PYTHONPATH", before.get("PYTHONPATH"))])]
+    os.environ.update({**settings.environment, "PYTHONPATH": os.pathsep.join(paths)})
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextmanager
+def without_terminal() -> Iterator[None]:
+    """What is started inside inherits no terminal or pipe: whoever reads this command's output would wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(number) for number in range(3)]
+    nothing = os.open(os.devnull, os.O_RDWR)
+    try:
+        for number in range(3):
+            os.dup2(nothing, number)
+        yield
+    finally:
+        for number, copy in enumerate(kept):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(nothing)
+
+
 def open_run(run: RunDirectory) -> None:
     """Checks that a run can be continued: it has begun, or was submitted and never came so far.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or a job of it is not over.
     """
+    for submission in LaunchRecord(run.path).read_submissions():
+        if submission.cluster == "slurm" and job_state(submission.job).live:
+            remedy = f"Wait for it, or end it with dist-train cancel {run.path}."
+            raise UserError(str(run.path), f"is being trained by job {submission.job}", remedy)
     if not LaunchRecord(run.path).recipe.is_file():
         run.open()
 

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.slurm.conftest import LabCluster
@@ -59,7 +60,7 @@ def test_failures(recipe: Path, reference: dict[str, Any], idle_cluster: LabClus
     """A rank is killed, a node loses its power, the controller restarts."""
     run = SubmittedRun(recipe, tmp_path / "run")
     run.wait_step(6)
-    kill_rank(idle_cluster, 1)
+    signal_rank(1, signal.SIGKILL)
     run.wait_attempt(1)
     first = run.attempts[0]
     assert (first.outcome, first.decision) == ("failed", "requeue")
@@ -78,8 +79,63 @@ def test_failures(recipe: Path, reference: dict[str, Any], idle_cluster: LabClus
     assert same(run.result(), reference)
 
 
-def kill_rank(cluster: LabCluster, rank: int) -> None:
-    """SIGKILL to a rank, whatever node it is on: found by its environment."""
+def test_another_number_of_nodes(
+    recipe: Path, reference: dict[str, Any], idle_cluster: LabCluster, tmp_path: Path
+) -> None:
+    """A rank stands still; when the run comes back there is only one node. The samples go on exactly."""
+    run = SubmittedRun(recipe, tmp_path / "run", "training.watchdog_seconds=5", nodes="1-2")
+    assert run.wait_attempt(0).ranks == 2
+    run.wait_step(6)
+    signal_rank(1, signal.SIGSTOP)
+    run.wait("the verdict", lambda: run.attempts[0].decision)
+    idle_cluster.slurm("scontrol", "update", "nodename=node2", "state=drain", "reason=bad")
+    first = run.attempts[0]
+    assert (first.outcome, first.decision, first.failures[0].rank) == ("hung", "requeue", 1)
+    assert run.wait_attempt(1).ranks == 1
+    found = run.result()
+    assert [step for step, _ in found["steps"]] == [step for step, _ in reference["steps"]]
+    assert np.allclose(losses(found), losses(reference), rtol=1e-3)
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["signal", "signal lost"])
+def test_time_limit(
+    recipe: Path, reference: dict[str, Any], idle_cluster: LabCluster, tmp_path: Path, lost: bool
+) -> None:
+    """A minute is too short: the run saves before it is over, is requeued and goes on."""
+    # A layer that swallows the signal: Slurm sends one that nobody hears.
+    settings = {"sbatch": {"signal": "CONT@1"}} if lost else {}
+    run = SubmittedRun(
+        recipe, tmp_path / "run", "training.epochs=1000", time="1:00", signal_seconds=30, nodes="1", **settings
+    )
+    run.wait_attempt(1)
+    run.wait_step(3, attempt=1)
+    first, second = run.attempts[:2]
+    assert (first.outcome, first.decision) == ("stopped", "requeue")
+    assert second.first_step == first.last_step != 0
+    idle_cluster.slurm("scancel", run.job)
+    rows = [[row["step"], row["loss"]] for row in run.rows("step")][:120]
+    assert [step for step, _ in rows] == list(range(1, len(rows) + 1)), "each step is made once"
+    assert np.allclose([loss for _, loss in rows], losses(reference)[: len(rows)], rtol=1e-3)
+
+
+def losses(result: dict[str, Any]) -> list[float]:
+    """Loss of each step."""
+    return [loss for _, loss in result["steps"]]
+
+
+def test_network_cut(recipe: Path, reference: dict[str, Any], idle_cluster: LabCluster, tmp_path: Path) -> None:
+    """A node vanishes from the network and comes back."""
+    run = SubmittedRun(recipe, tmp_path / "run")
+    run.wait_step(6)
+    idle_cluster.cut("node2")
+    run.wait("the loss to be noticed", lambda: idle_cluster.states()["node2"].startswith("down"))
+    idle_cluster.heal("node2")
+    run.wait_attempt(1)
+    assert same(run.result(), reference)
+
+
+def signal_rank(rank: int, number: signal.Signals) -> None:
+    """A signal to a rank, whatever node it is on: found by its environment."""
     for process in Path("/proc").glob("[0-9]*"):
         try:
             variables = (process / "environ").read_bytes().split(b"\0")
@@ -88,6 +144,6 @@ def kill_rank(cluster: LabCluster, rank: int) -> None:
             continue
         ours = f"SLURM_CONF={os.environ['SLURM_CONF']}".encode() in variables
         if ours and f"SLURM_PROCID={rank}".encode() in variables and b"submitit.core._submit" in command:
-            os.kill(int(process.name), signal.SIGKILL)
+            os.kill(int(process.name), number)
             return
     raise AssertionError("no such rank")
