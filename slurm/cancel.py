@@ -18,7 +18,7 @@ from slurm.ask import ask
 from slurm.progress import ago, lasting, process_lives, read_progress
 from slurm.queue import GONE, JOB, JobState, job_states
 from slurm.record import LaunchRecord, Submission
-from slurm.status import ASK_SECONDS, START_SECONDS, Files, gather, resume, status_of
+from slurm.status import ASK_SECONDS, Files, gather, resume, status_of
 from slurm.verdict import WAITING
 
 POLL = 2.0  # seconds between questions to Slurm
@@ -147,7 +147,7 @@ def end_local(last: Submission, console: Console, *, now: bool) -> None:
 
 def lives(submission: Submission) -> bool:
     """Whether a local job's process runs."""
-    return process_lives(submission.job, submission.submitted + START_SECONDS)
+    return process_lives(submission.job, submission.submitted)
 
 
 def cancel_local(submission: Submission, *, now: bool) -> None:

@@ -175,7 +175,8 @@ def reports_of(files: Files, rank: int | None) -> Iterator[str]:
             which = f"attempt {attempts[count - 1].job}.{attempts[count - 1].restart}: " if count else ""
             for one in errors:
                 who = "the job" if one.rank is None else f"rank {one.rank}"
-                yield plain(f"{which}{who}{f' on {one.node}' if one.node else ''}") + f": {one.error}"
+                who += f" on {one.node}" if one.node else ""
+                yield f"{plain(which + who)}: {one.error.removeprefix(f'{who}: ')}"
             return
 
 

@@ -22,6 +22,7 @@ from sharding.plain_yaml import check_yaml
 MOST_HEARTBEAT = 1 << 24  # bytes; 10,000 ranks write 2 MB
 MOST_METRICS = 1 << 21  # bytes looked at, from the end: about 2000 steps
 PACE_STEPS = 50  # over which the pace is taken
+CLOCK = 2.0  # seconds by which the time when a process began may be wrong
 SILENT = 60.0  # seconds without a heartbeat, which comes every 5 s at the latest
 LEFT_OUT = "It is left out."
 SAVED = re.compile(r"step_([0-9]{8,18})")
@@ -93,7 +94,7 @@ def process_lives(pid: str, told: float) -> bool:
         return False
     try:
         process = psutil.Process(int(pid))
-        return process.create_time() <= told + 1 and process.status() != psutil.STATUS_ZOMBIE
+        return process.create_time() <= told + CLOCK and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, ValueError, OverflowError):
         return False
 

@@ -25,7 +25,6 @@ from slurm.verdict import OVER, Case, State, moment, verdict
 ASK_SECONDS = 5.0  # given to squeue, and to sacct
 MARKS = ("slurm", "recipe.yaml", "metrics.jsonl", "summary.json", "logs")  # one of them makes a run directory
 FILES_TELL = ": shown is what the files tell."
-START_SECONDS = 60.0  # between the start of a local job's process and its record
 
 
 class RankError(BaseModel):
@@ -190,7 +189,7 @@ def local_state(submission: Submission) -> JobState:
     """Whether the process that controls a job on one machine runs."""
     if submission.host != platform.node():
         return JobState("UNKNOWN", f"runs on {plain(submission.host)}, if at all", answered=False)
-    lives = process_lives(submission.job, submission.submitted + START_SECONDS)
+    lives = process_lives(submission.job, submission.submitted)
     return JobState("RUNNING" if lives else "ENDED", nodes=submission.host)
 
 

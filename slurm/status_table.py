@@ -24,6 +24,8 @@ from slurm.words import how_ended, why_waiting
 
 REFRESH = 5.0  # seconds; more would burden a busy controller
 SHOWN = 8  # attempts, and errors; --json has all
+LONGEST = 160  # letters of what followed an attempt
+FEW = 4  # nodes that are all named
 COLOURS = {
     **dict.fromkeys(("running", "saving", "finished"), "green"),
     **dict.fromkeys(("pending", "starting", "requeued", "suspended", "stopped", "cancelled", "unknown"), "yellow"),
@@ -185,34 +187,39 @@ def history(attempts: Sequence[Attempt]) -> Table:
         table.add_row("…", f"{len(attempts) - SHOWN} earlier")
     for attempt in attempts[-SHOWN:]:
         made = "" if attempt.last_step is None else f"{attempt.first_step}–{attempt.last_step}"
-        then = (
-            f"{attempt.decision}: {attempt.reason}" if attempt.reason and attempt.decision else attempt.decision or ""
-        )
+        reason = "" if attempt.reason == attempt.outcome else attempt.reason
+        then = ": ".join(filter(None, (attempt.decision, reason)))
         if attempt.excluded:
             then += f" (without {', '.join(attempt.excluded)})"
         table.add_row(
             Text(plain(f"{attempt.job}.{attempt.restart}")),
             clock(attempt.started),
-            Text(plain(", ".join(attempt.nodes))),
+            Text(plain(some(attempt.nodes))),
             str(attempt.ranks),
             made or f"{attempt.first_step}–",
             Text(attempt.outcome or "running", "red" if attempt.outcome in ("failed", "lost", "hung") else ""),
-            Text(plain(then)),
+            Text(plain(then if len(then) <= LONGEST else f"{then[:LONGEST]}…")),
         )
     return table
+
+
+def some(names: Sequence[str]) -> str:
+    """Names, of many the first and the last."""
+    return ", ".join(names) if len(names) <= FEW else f"{names[0]}, {names[1]}, … {names[-1]} ({len(names)})"
 
 
 def told(errors: Sequence[RankError]) -> Iterable[Text]:
     """Errors, those that several ranks share once."""
     shared: dict[str, list[RankError]] = {}
     for error in errors:
-        shared.setdefault(error.error, []).append(error)
+        own = f"rank {error.rank} on {error.node}: "  # as ranks begin their reports
+        shared.setdefault(error.error.removeprefix(own), []).append(error)
     for text, same in list(shared.items())[:SHOWN]:
         ranks = [str(one.rank) for one in same if one.rank is not None]
         nodes = dict.fromkeys(one.node for one in same if one.node)
         who = f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)}" if ranks else "the job"
-        where = f" on {', '.join(nodes)}" if nodes else ""
-        yield Text(f"  {plain(who + where)}: {text}", "red")
+        who += f" on {some(list(nodes))}" if nodes else ""
+        yield Text(f"  {plain(who)}: {text}", "red")
         log = next((one.log for one in same if one.log), None)
         if log is not None:
             yield Text(f"    {plain(str(log))}", "dim")

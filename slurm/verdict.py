@@ -221,6 +221,9 @@ def without_heartbeat(case: Case) -> tuple[State, str]:
 
 def told(attempt: Attempt) -> str:
     """What an attempt told at its end."""
-    failure = attempt.failures[0].error if attempt.failures else ""
+    cause = attempt.failures[0] if attempt.failures else None
+    if cause is not None and cause.rank is not None and attempt.reason in ("", cause.error):
+        who = f"rank {cause.rank} on {cause.node}" if cause.node else f"rank {cause.rank}"
+        return f"{who}: {cause.error.removeprefix(f'{who}: ')}".rstrip(".")
     lost = "the attempt told no end, as when a node is lost"
-    return (attempt.reason or failure or (lost if attempt.outcome in (None, "lost") else attempt.outcome)).rstrip(".")
+    return (attempt.reason or (lost if attempt.outcome in (None, "lost") else attempt.outcome)).rstrip(".")

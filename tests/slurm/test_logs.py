@@ -187,7 +187,7 @@ def test_errors_alone(laid: Laid, capsys: pytest.CaptureFixture[str]) -> None:
     (laid.path / "logs/rank_0.stacks.txt").write_text("")
     text = "\n".join(printed(capsys, laid.path, "--errors"))
     assert text.split("\n\n") == [
-        "attempt 4711.0: rank 1 on n2: rank 1 on n2: ValueError: \\x1b[2J1. Its log has the traceback.",
+        "attempt 4711.0: rank 1 on n2: ValueError: \\x1b[2J1. Its log has the traceback.",
         "attempt 4711.0: rank 2 on n3: data.path: is gone. Mount it.",
         f'==> rank 1: {err} <==\n[rank1]: Traceback (most recent call last):\n[rank1]:   File "a.py", line 1\n'
         "[rank1]: ValueError: 1",

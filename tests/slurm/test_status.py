@@ -147,7 +147,7 @@ SAVED = {"outcome": "stopped", "last_step": 9, "ended": 1.0}
         ({"state": "PENDING", "reason": "QOSMaxGRESPerUser"}, None, None, "pending", "(QOS)"),
         ({"state": "PENDING", "reason": "ReqNodeNotAvail, UnavailableNodes:n[3-4]"}, None, None, "pending", "(n[3-4])"),
         ({"state": "PENDING", "reason": "Unheard-of"}, None, None, "pending", "Unheard-of"),
-        ({"state": "PENDING", "reason": "BeginTime"}, AGAIN, None, "requeued", "Killed; now it waits: its begin time"),
+        ({"state": "PENDING", "reason": "BeginTime"}, AGAIN, None, "requeued", "rank 3 on n2: Killed; now it waits: its begin"),
         ({"state": "PENDING", "reason": "BeginTime"}, {}, None, "requeued", "told no end"),
         ({**RUNNING, "state": "CONFIGURING"}, None, None, "starting", "prepared"),
         (RUNNING, None, None, "starting", "ranks start"),
@@ -251,7 +251,7 @@ def test_one_screen(laid: Laid) -> None:
     laid.submitted(JOB, chain=[ChainLink(command="dist-train evaluate run", job="123457")])
     laid.attempt(JOB, **AGAIN, excluded=["n9"])
     laid.reported(JOB, 0, 0, ["rank 0 on n1", "ConnectionError: peer", "Its log has the traceback"])
-    laid.reported(JOB, 0, 2, ["rank 0 on n1", "ConnectionError: peer", "Its log has the traceback"])
+    laid.reported(JOB, 0, 2, ["rank 2 on n2", "ConnectionError: peer", "Its log has the traceback"])
     laid.reported(JOB, 0, 3, ["never", "shown", "as the failure tells it"])
     log = laid.log(JOB, 3, "err", "Killed\n")
     laid.saved(6)
@@ -262,7 +262,7 @@ def test_one_screen(laid: Laid) -> None:
     text = shown(found)
     for part in (
         "REQUEUED job 123456", "step 6, just now", "requeue: Killed (without n9)", "0–7", "rank 3 on n2: Killed",
-        str(log), "ranks 0, 2 on n1, n2: rank 0 on n1: ConnectionError", "evaluate run (job 123457): pending",
+        str(log), "ranks 0, 2 on n1, n2: ConnectionError", "evaluate run (job 123457): pending",
         "it waits for another job", f"dist-train cancel {laid.path}", str(log.parent),
     ):  # fmt: skip
         assert part in text, (part, text)

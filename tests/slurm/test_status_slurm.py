@@ -134,7 +134,8 @@ def test_why_jobs_wait_and_how_they_ended(jobs: Jobs) -> None:
     }  # fmt: skip
     for name, words in {
         "waits": "free|other jobs are before it", "held": "scontrol release", "later": "begin time",
-        "after": "another job", "large": "more nodes than its partition", "gone": "before it began", "forgotten": "forgotten",
+        "after": "another job", "large": "more nodes than its partition", "gone": "before it began",
+        "forgotten": "forgotten",
     }.items():  # fmt: skip
         assert re.search(words, found[name].why), found[name].why
     told = jobs.cluster.slurm("scontrol", "show", "job", full)
