@@ -218,6 +218,8 @@ def ago(when: float, now: float | None = None) -> str:
 
 def lasting(seconds: float) -> str:
     """A length of time, in words, to two units."""
+    if not 0 <= seconds < 1e12:  # foreign files may hold any number
+        return "a while"
     seconds = int(seconds)
     for big, small, size, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
         if seconds >= size:

@@ -18,7 +18,7 @@ from sharding.errors import UserError, plain
 from sharding.files import MOST_YAML
 from slurm.log_files import job_folder, job_logs, reports, run_logs
 from slurm.progress import Progress, modified, process_lives, read, read_progress
-from slurm.queue import JobState, job_states
+from slurm.queue import JOB, JobState, job_states
 from slurm.record import Attempt, LaunchRecord, Record, Submission, parse, rows
 from slurm.verdict import OVER, Case, State, moment, verdict
 
@@ -209,6 +209,8 @@ def rank_errors(files: Files, attempts: list[Attempt]) -> list[RankError]:
         place = files.run / "logs"
         return [one for rank in reports(place) for one in reported(place, rank, None, logs.get(rank))]
     last = attempts[-1]
+    if not JOB.fullmatch(last.job):
+        return []
     logs, place = job_logs(files.record, last.job, last), files.record.reports(last.job, last.restart)
     found = [
         RankError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-from slurm.progress import SILENT, Progress, ago
+from slurm.progress import SILENT, Progress, ago, lasting
 from slurm.queue import JobState
 from slurm.record import Attempt, Submission
 from slurm.words import how_ended, why_waiting
@@ -106,7 +106,7 @@ def live(case: Case, job: JobState) -> tuple[State, str]:
     elif attempt is None and job.state == "COMPLETING" and case.attempts:
         found = "requeued", f"{told(case.attempts[-1])}; Slurm is ending the attempt"
     elif attempt is None:
-        prepared = "its nodes are being prepared" if job.state == "CONFIGURING" else "the ranks start"
+        prepared = "its nodes are being prepared" if job.state == "CONFIGURING" else "its ranks start"
         found = "starting", prepared
     elif attempt.decision in ("stop", "done"):
         found = ended(case, job)
@@ -123,14 +123,18 @@ def by_phase(case: Case) -> tuple[State, str]:
     """The ranks run."""
     progress = case.progress
     if not case.heard:
-        silent = f"nothing was heard of the ranks since {ago(progress.heard, case.now)}" if progress.heard else ""
+        silent = f"nothing was heard of the ranks for {lasting(case.now - progress.heard)}" if progress.heard else ""
         first = case.attempts[-1].first_step if case.attempts else 0
         stepped = progress.step is not None and progress.step > first
-        return ("running", silent if progress.watched else "") if stepped else ("starting", "the ranks load")
+        return (
+            ("running", silent if progress.watched else "")
+            if stepped
+            else ("starting", "its nodes are looked at, and its ranks load")
+        )
     if progress.phase == "saving":
         return "saving", ""
     if progress.phase == "loading":
-        return "starting", "the ranks load"
+        return "starting", "its ranks load"
     behind = max(progress.places, key=lambda place: place.idle)
     if behind.idle > 60:
         return "running", f"rank {progress.places.index(behind)} began nothing new for {int(behind.idle)} s"

@@ -147,7 +147,13 @@ SAVED = {"outcome": "stopped", "last_step": 9, "ended": 1.0}
         ({"state": "PENDING", "reason": "QOSMaxGRESPerUser"}, None, None, "pending", "(QOS)"),
         ({"state": "PENDING", "reason": "ReqNodeNotAvail, UnavailableNodes:n[3-4]"}, None, None, "pending", "(n[3-4])"),
         ({"state": "PENDING", "reason": "Unheard-of"}, None, None, "pending", "Unheard-of"),
-        ({"state": "PENDING", "reason": "BeginTime"}, AGAIN, None, "requeued", "rank 3 on n2: Killed; now it waits: its begin"),
+        (
+            {"state": "PENDING", "reason": "BeginTime"},
+            AGAIN,
+            None,
+            "requeued",
+            "rank 3 on n2: Killed; now it waits: its begin",
+        ),
         ({"state": "PENDING", "reason": "BeginTime"}, {}, None, "requeued", "told no end"),
         ({**RUNNING, "state": "CONFIGURING"}, None, None, "starting", "prepared"),
         (RUNNING, None, None, "starting", "ranks start"),
@@ -318,7 +324,7 @@ def script(path: Path, body: str) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize("job", ["--user=root", "1;id", "1,2", "", "9" * 100_000, "١٢", "12_", "-1"])
+@pytest.mark.parametrize("job", ["--user=root", "1;id", "1,2", "", "9" * 100_000, "١٢", "12_", "-1", "a\0b", "../../x"])
 def test_what_is_no_job_id_is_never_put_into_a_command(
     job: str, laid: Laid, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -326,7 +332,8 @@ def test_what_is_no_job_id_is_never_put_into_a_command(
         script(tmp_path / name, f"echo {name} >> {tmp_path}/called")
     monkeypatch.setenv("PATH", str(tmp_path))
     laid.submitted(JOB, chain=[ChainLink(command="x", job=job)])
-    laid.submitted(job)
+    laid.submitted(job, submitted=float("-inf"))
+    laid.attempt(job, ago=float("inf"), failures=[Failure(rank=1 << 99, error="\x1b[2J")], outcome="failed")
     assert "is no job id" in printed(capsys, "status", laid.path)
     for words in (["logs"], ["logs", "--errors"], ["cancel"]):
         assert call(*words, laid.path) in (0, 2)
