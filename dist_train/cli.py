@@ -140,6 +140,39 @@ def submit(
 
 
 @app.command()
+def preflight(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe that is to be trained.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")] = None,
+    output: Annotated[Path, typer.Option(help="Run directory, new or not.")] = ...,  # type: ignore[assignment]
+    ranks: RanksOption = None,
+) -> None:
+    """Examine the nodes, network, disks and shards of a training before it; inside torchrun or srun those of all ranks.
+
+    Writes slurm/preflight.json in the run directory.
+    """
+    from dist_train.run_directory import RunDirectory
+    from dist_train.world_size import foresee
+    from sharding.launch import run_local
+    from sharding.world import read_world
+
+    run = RunDirectory(output)
+    world = read_world(os.environ)
+    if world is not None:
+        from sharding.ops import choose_accelerator
+
+        choose_accelerator()
+        from dist_train.rank import end
+        from slurm.preflight_rank import run_preflight
+
+        end(run_preflight(world, recipe, overrides or [], run))
+    ranks = ranks or default_ranks()
+    foresee(recipe, overrides or [], ranks)
+    if output.exists() and not output.is_dir():
+        raise UserError(str(output), "is not a directory", "Give another --output.")
+    raise SystemExit(run_local(again(), ranks, run.path / "slurm" / "logs"))
+
+
+@app.command()
 def evaluate(
     directory: RunArgument,
     checkpoint: Annotated[str, typer.Option(help="best, last, or the path of a checkpoint.")] = "best",

@@ -16,7 +16,7 @@ from tests import tiny
 from tests.faults.rounds import outcome
 
 LIMIT = 240.0  # seconds for anything to happen
-NODES: dict[str, Any] = {"nodes": "2", "gpus_per_node": 1, "cpus_per_rank": 2, "time": "20:00", "preflight": False}
+NODES: dict[str, Any] = {"nodes": "2", "gpus_per_node": 1, "cpus_per_rank": 1, "time": "20:00", "preflight": False}
 
 
 def write_tiny(folder: Path, *, epochs: int = 12, **training: Any) -> Path:

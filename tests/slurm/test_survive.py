@@ -83,7 +83,7 @@ def test_another_number_of_nodes(
     recipe: Path, reference: dict[str, Any], idle_cluster: LabCluster, tmp_path: Path
 ) -> None:
     """A rank stands still; when the run comes back there is only one node. The samples go on exactly."""
-    run = SubmittedRun(recipe, tmp_path / "run", "training.watchdog_seconds=5", nodes="1-2")
+    run = SubmittedRun(recipe, tmp_path / "run", "training.watchdog_seconds=10", nodes="1-2")
     assert run.wait_attempt(0).ranks == 2
     run.wait_step(6)
     signal_rank(1, signal.SIGSTOP)
