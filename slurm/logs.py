@@ -174,8 +174,8 @@ def reports_of(files: Files, rank: int | None) -> Iterator[str]:
         if errors:
             which = f"attempt {attempts[count - 1].job}.{attempts[count - 1].restart}: " if count else ""
             for one in errors:
-                who = "the job" if one.rank is None else f"rank {one.rank}"
-                who += f" on {one.node}" if one.node else ""
+                who = one.node or "the job" if one.rank is None else f"rank {one.rank}"
+                who += f" on {one.node}" if one.node and one.rank is not None else ""
                 yield f"{plain(which + who)}: {one.error.removeprefix(f'{who}: ')}"
             return
 

@@ -217,8 +217,8 @@ def told(errors: Sequence[RankError]) -> Iterable[Text]:
     for text, same in list(shared.items())[:SHOWN]:
         ranks = [str(one.rank) for one in same if one.rank is not None]
         nodes = dict.fromkeys(one.node for one in same if one.node)
-        who = f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)}" if ranks else "the job"
-        who += f" on {some(list(nodes))}" if nodes else ""
+        who = f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)}" if ranks else "" if nodes else "the job"
+        who += f"{' on ' if who else ''}{some(list(nodes))}" if nodes else ""
         yield Text(f"  {plain(who)}: {text}", "red")
         log = next((one.log for one in same if one.log), None)
         if log is not None:
