@@ -20,8 +20,10 @@ from slurm.preflight_exchange import Exchange, within
 from slurm.preflight_tournament import Rate, Reports, Steering, Step
 
 PROBE = 256 * 1024  # bytes from which the size of the measurement is judged
-LARGEST = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}  # bytes of a message
-LARGEST_SUM = {"cuda": 256 * 2**20, "cpu": 8 * 2**20}  # bytes of an all-reduce
+# Bytes of a message, and of an all-reduce: on a CPU they should be through before another process has its turn.
+LARGEST = {"cuda": 64 * 2**20, "cpu": 2**20}
+LARGEST_SUM = {"cuda": 256 * 2**20, "cpu": 2 * 2**20}
+REPEATS = 5
 MESSAGE_SECONDS = 0.02  # that one measured message should take
 WAITS = timedelta(minutes=10)  # of groups made here; whoever waits in them is given up much sooner
 
@@ -134,7 +136,7 @@ def measure_pair(peer: int, group: Any, *, leads: bool) -> Rate:
     size = torch.tensor(sized(seconds / PROBE, MESSAGE_SECONDS, LARGEST[here.type]), device=here)
     (dist.send if leads else dist.recv)(size, peer, group=group)
     if (whole := int(size)) > PROBE:
-        seconds = timed(turn, torch.zeros(whole // 4, device=here), 3) / 2
+        seconds = timed(turn, torch.zeros(whole // 4, device=here), REPEATS) / 2
     return Rate(bytes_per_second=max(whole, PROBE) / seconds, seconds=latency)
 
 
@@ -151,7 +153,7 @@ def measure_all_reduce(group: Any) -> Rate:
     slowest = torch.tensor(timed(turn, torch.zeros(PROBE // 4, device=here), 2), device=here)
     dist.all_reduce(slowest, op=dist.ReduceOp.MAX, group=group)
     size = max(sized(float(slowest) / PROBE, 2 * MESSAGE_SECONDS, LARGEST_SUM[here.type]), PROBE)
-    seconds = timed(turn, torch.zeros(size // 4, device=here), 3)
+    seconds = timed(turn, torch.zeros(size // 4, device=here), REPEATS)
     return Rate(bytes_per_second=2 * (ranks - 1) / ranks * size / seconds, seconds=latency)
 
 

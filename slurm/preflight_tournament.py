@@ -17,7 +17,7 @@ from slurm.findings import Finding, spell
 
 CHECK = "network"
 SLOWER = 3.0  # times the median, in each of all measurements: a clear outlier
-AGAIN = 2  # times that what seems slow is measured again
+AGAIN = 4  # times that what seems slow is measured again
 FEWEST = 3  # of two, nothing tells which one is slow
 
 Member = TypeVar("Member", bound=Hashable)

@@ -17,7 +17,7 @@ import pytest
 from dist_train.recipe import write_recipe
 from sharding.errors import UserErrors
 from sharding.launch import run_local
-from slurm.findings import Finding
+from slurm.findings import Finding, severity_of
 from slurm.preflight import Preflight, run_checks
 from slurm.preflight_device import SIZE, Device, Smi, entries, judge_devices, parse_smi
 from slurm.preflight_shards import file_system_of
@@ -315,6 +315,17 @@ def test_file_systems_are_those_that_df_names() -> None:
         kind = told.split()[-1]
         if kind != "-":
             assert file_system_of(Path(place) / "not there") == kind, place
+
+
+@pytest.mark.parametrize(
+    ("failing", "nodes", "system", "severity"),
+    [
+        *[("a", "abc", "ext4", "bad node"), ("ab", "abc", "ext4", "stop"), ("ab", "abc", "nfs4", "bad node")],
+        *[("abc", "abc", "nfs4", "stop"), ("a", "ab", None, "stop"), ("a", "ab", "lustre", "bad node")],
+    ],
+)
+def test_whose_fault_it_is(failing: str, nodes: str, system: str | None, severity: str) -> None:
+    assert severity_of(failing, nodes, system) == severity
 
 
 def test_a_finding_becomes_an_error_line() -> None:
