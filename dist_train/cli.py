@@ -245,6 +245,48 @@ def report(directory: RunArgument) -> None:
 
 
 @app.command()
+def status(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories; several: a line each.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a list with an object for each run.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Refresh until the runs are over; Ctrl-C leaves them be.")
+    ] = False,
+) -> None:
+    """Tell how runs are: state and why, progress, restarts, errors of the ranks, and what to do next."""
+    from slurm.status_table import show
+
+    raise SystemExit(show(directories, as_json=as_json, watch=watch))
+
+
+@app.command()
+def logs(
+    directory: RunArgument,
+    rank: Annotated[int | None, typer.Option(min=0, help="Whose output to print. Default: 0.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All ranks, each line after its rank.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines of each file.")] = 40,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it is written, over requeues.")] = False,
+    only_errors: Annotated[
+        bool, typer.Option("--errors", help="Reports, tracebacks and stacks of ranks alone.")
+    ] = False,
+) -> None:
+    """Print what the ranks of a run have written."""
+    from slurm.logs import show
+
+    raise SystemExit(show(directory, rank, every=every, lines=lines, follow=follow, only_errors=only_errors))
+
+
+@app.command()
+def cancel(
+    directory: RunArgument,
+    now: Annotated[bool, typer.Option("--now", help="End it at once; what is not saved is lost.")] = False,
+) -> None:
+    """Cancel a submitted run and what follows it: it saves first, ends, and is not requeued."""
+    from slurm.cancel import cancel as carry_out
+
+    raise SystemExit(carry_out(directory, now=now))
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Tell what this machine can do, and what is missing for what."""
     from tools.doctor import doctor as examine

@@ -206,6 +206,7 @@ class Trainer:
                     {
                         "kind": "step",
                         "step": progress.step,
+                        "total_steps": self.total_steps,
                         "epoch": progress.epoch,
                         "samples": progress.samples,
                         "loss": result.loss if result.clips else None,  # none where all were set aside
@@ -266,6 +267,7 @@ class Trainer:
     def validate(self, display: Display) -> None:
         """Evaluates on the validation split, keeps count of the best, and saves (collective)."""
         progress, recipe = self.progress, self.recipe
+        began = time.perf_counter()
         self.engine.eval()
         predictions = predict(
             self.engine,
@@ -283,6 +285,7 @@ class Trainer:
             progress.best_step, progress.best_score = progress.step, found
         if self.rank == 0:
             row = {"kind": "eval", "step": progress.step, "epoch": progress.epoch, "split": "valid"}
+            row["seconds"] = time.perf_counter() - began
             self.run.log({**row, **{part: value for part, value in scores.items() if part != "gap"}})
         self.save(*(("best",) if better else ()))
         display.validation(progress.epoch, scores, better)

@@ -21,6 +21,8 @@ def ask(command: list[str], timeout: float) -> tuple[bool, str]:
         )
     except subprocess.TimeoutExpired:
         return False, f"no answer within {timeout:g} s"
+    except FileNotFoundError:
+        return False, "not found on PATH"
     except OSError as error:
         return False, str(error)
     if done.returncode == 0:

@@ -5,6 +5,7 @@ the accounting and yet alive. The accounting tells of jobs that the controller h
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from slurm.ask import ask
@@ -15,6 +16,7 @@ LIVE = {
     *("REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
 }
 GONE = ("Invalid job id", "Invalid job array")  # the controller has forgotten it, or never knew it
+JOB = re.compile(r"[0-9]{1,19}(_[0-9]{1,10})?")  # a record may come from anywhere: nothing else is put into commands
 SECONDS = 20.0  # a busy controller may take
 
 
@@ -29,6 +31,7 @@ class JobState:
         start: begin or expected begin, as Slurm prints it; "" if unknown.
         end: end, or when its time limit is over.
         exit_code: of the batch script; known of ended jobs with accounting.
+        answered: the controller did; else the job may be alive though UNKNOWN.
     """
 
     state: str
@@ -37,6 +40,7 @@ class JobState:
     start: str = ""
     end: str = ""
     exit_code: int | None = None
+    answered: bool = True
 
     @property
     def live(self) -> bool:
@@ -50,39 +54,58 @@ def job_state(job: str) -> JobState:
     Args:
         job: id, or ID_TASK of an array.
     """
-    found, text = ask(["squeue", "--noheader", "--jobs", job, "--states", "all", "--format", "%T|%r|%N|%S|%e"], SECONDS)
-    lines = [line.split("|") for line in text.splitlines()] if found else []
-    if lines and len(lines[-1]) == 5:
-        state, reason, nodes, start, end = (given(word) for word in lines[-1])
-        if state in LIVE or state == "COMPLETED":
-            return JobState(state, "" if reason == "None" else reason, nodes, start, end)
-        known = JobState(state, "" if reason == "None" else reason, nodes, start, end)
-    elif not found and not any(word in text for word in GONE):
-        return JobState("UNKNOWN", f"squeue: {text}")
-    else:
-        known = None
-    return from_accounting(job) or known or JobState("UNKNOWN", "neither squeue nor sacct knows the job")
+    return job_states([job])[job]
 
 
-def from_accounting(job: str) -> JobState | None:
-    """What sacct knows of a job; None if nothing."""
-    fields = "State,Reason,NodeList,Start,End,ExitCode"
-    found, text = ask(
-        ["sacct", "--noheader", "--parsable2", "--allocations", "--jobs", job, "--format", fields], SECONDS
-    )
-    lines = [line.split("|") for line in text.splitlines()] if found else []
-    if not lines or len(lines[-1]) != 6:
-        return None
-    state, reason, nodes, start, end, code = (given(word) for word in lines[-1])
-    number = re.match(r"(\d+):(\d+)", code)
-    exit_code = None if number is None else int(number[1]) or (128 + int(number[2]) if int(number[2]) else 0)
-    return JobState(state.split(" ")[0], "" if reason == "None" else reason, nodes, start, end, exit_code)
+def job_states(jobs: Iterable[str], seconds: float = SECONDS) -> dict[str, JobState]:
+    """Of many jobs at once, which asks the controller once, and the accounting once if some have ended.
+
+    Args:
+        jobs: ids, or ID_TASK of arrays; what is none is UNKNOWN, and nobody is asked.
+        seconds: each of the two may take.
+    """
+    every = dict.fromkeys(jobs)
+    states = {job: JobState("UNKNOWN", "is no job id", answered=False) for job in every}
+    asked = [job for job in every if JOB.fullmatch(job)]
+    if not asked:
+        return states
+    command = ["squeue", "--noheader", "--array", "--jobs", ",".join(asked), "--states", "all"]
+    found, text = ask([*command, "--format", "%i|%T|%r|%N|%S|%e"], seconds)
+    if not found and not any(word in text for word in GONE):
+        return states | {job: JobState("UNKNOWN", f"squeue: {text}", answered=False) for job in asked}
+    rows = [line.split("|") for line in text.splitlines()] if found else []
+    # A job that other jobs wait for, or a plug-in that talks, may add lines; the last of a job counts.
+    known = {}
+    for row in rows:
+        if len(row) == 6:
+            number, state, reason, nodes, start, end = map(given, row)
+            known[number] = JobState(state, reason, nodes, start, end)
+    ended = [job for job in asked if job not in known or not (known[job].live or known[job].state == "COMPLETED")]
+    nobody = dict.fromkeys(asked, JobState("UNKNOWN", "neither squeue nor sacct knows the job"))
+    return states | nobody | {job: known[job] for job in asked if job in known} | from_accounting(ended, seconds)
+
+
+def from_accounting(jobs: list[str], seconds: float) -> dict[str, JobState]:
+    """Of jobs that have ended: what sacct knows."""
+    if not jobs:
+        return {}
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", "--jobs", ",".join(jobs)]
+    found, text = ask([*command, "--format", "JobID,State,Reason,NodeList,Start,End,ExitCode"], seconds)
+    rows = [line.split("|") for line in text.splitlines()] if found else []
+    states = {}
+    for row in rows:
+        if len(row) == 7 and row[0] in jobs:
+            state, reason, nodes, start, end, code = map(given, row[1:])
+            number = re.match(r"(\d+):(\d+)", code)
+            exit_code = None if number is None else int(number[1]) or (128 + int(number[2]) if int(number[2]) else 0)
+            states[row[0]] = JobState(state.split(" ")[0], reason, nodes, start, end, exit_code)
+    return states
 
 
 def given(word: str) -> str:
     """A column, empty where Slurm writes that it has none."""
     word = word.strip()
-    return "" if word in ("N/A", "(null)", "Unknown", "None assigned", "NONE") else word
+    return "" if word in ("N/A", "(null)", "Unknown", "None assigned", "None", "NONE") else word
 
 
 def expand(nodes: str) -> list[str]:

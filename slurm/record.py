@@ -187,7 +187,7 @@ def rows(path: Path) -> Iterator[Any]:
         for line in path.read_text(errors="replace").splitlines():
             try:
                 yield json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
 
 
