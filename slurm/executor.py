@@ -10,11 +10,14 @@ from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.slurm.slurm import SlurmExecutor
+from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from sharding.errors import UserError
 from slurm.job import DEADLINE
 from slurm.settings import LaunchSettings
+from slurm.watcher import QueueWatcher
+
+SlurmJob.watcher = QueueWatcher(delay_s=10)  # of all jobs that Submitit submits from here
 
 # Of a message of sbatch: what to do about it.
 REMEDIES = {
@@ -35,12 +38,24 @@ def slurm_executor(
 ) -> SlurmExecutor:
     """Submitit's executor for a training job, which keeps its pickles and the ranks' logs in `folder`.
 
-    Ranks per node are told to srun, not to sbatch: from `--ntasks-per-node` sbatch would fix the job's number of tasks
-    at its first start, and with it, for good, the number of nodes out of a range.
-
     Args:
         code: the packages, as submitted.
         run: the run directory, as a word of the batch script.
+    """
+    executor = plain_executor(settings, folder, name, dependency=dependency)
+    executor.update_parameters(
+        setup=setup(code, settings), teardown=[f"exec {shlex.quote(sys.executable)} -m slurm.aftermath {run} $?"]
+    )
+    return executor
+
+
+def plain_executor(
+    settings: LaunchSettings, folder: Path, name: str, *, dependency: str | None = None
+) -> SlurmExecutor:
+    """An executor that asks for what the settings say, and does nothing before and after srun.
+
+    Ranks per node are told to srun, not to sbatch: from `--ntasks-per-node` sbatch would fix the job's number of tasks
+    at its first start, and with it, for good, the number of nodes out of a range.
     """
     executor = SlurmExecutor(folder=folder)
     cpus = settings.ranks * settings.cpus_per_rank
@@ -64,8 +79,6 @@ def slurm_executor(
             "--kill-on-bad-exit=1",
             *settings.srun,
         ],
-        setup=setup(code, settings),
-        teardown=[f"exec {shlex.quote(sys.executable)} -m slurm.aftermath {run} $?"],
         **optional(settings, dependency),
     )
     return executor
