@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from sharding.errors import UserError
+
 OtherBaseOption = Annotated[
     bool, typer.Option("--accept-other-base", help="Take a checkpoint although the frozen weights are others now.")
 ]
@@ -64,6 +66,7 @@ def with_launch_options(command: Callable[..., None]) -> Callable[..., None]:
 def add_to(app: typer.Typer) -> None:
     """Adds the commands of this file."""
     app.command()(submit)
+    app.command()(sweep)
 
 
 @with_launch_options
@@ -112,6 +115,61 @@ def submit(
         tell(submission, request, say)
         if wait:
             raise SystemExit(wait_for(request.run, say))
+
+
+@with_launch_options
+def sweep(
+    grid: Annotated[
+        Path | None, typer.Argument(metavar="[GRID]", help="Grid file, e.g. recipes/sweeps/learning_rate.yaml.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides of all points.")
+    ] = None,
+    *,
+    output: Annotated[Path | None, typer.Option(help="Directory to make; each point is a run directory in it.")] = None,
+    options: dict[str, Any],
+    hardware: HardwareOption = None,
+    cluster: ClusterOption = "slurm",
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="At once: on Slurm points of an array, with --cluster local ranks.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Queue it and return; do not follow it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print points and scripts, queue nothing.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Run what is not finished of the sweep in --output.")
+    ] = False,
+    status: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Look at a sweep, and write its table anew.")
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="With --status: until all is over.")] = False,
+) -> None:
+    """Train every point of a grid, as a Slurm job array or a few at once on this machine; one table of the results."""
+    if (status is None) == (grid is None) or (status is None) == (output is None):
+        raise UserError("sweep", "takes a grid file and --output, or --status", "Write GRID --output DIR.")
+    say = speaker(dry_run)
+    if status is not None:
+        from slurm.sweep_command import look_at
+
+        raise SystemExit(look_at(status, say, watch=watch))
+    from slurm.settings import load_settings
+
+    settings = load_settings(**options)
+    from slurm.submit import cluster_named
+    from slurm.sweep import SweepRequest
+    from slurm.sweep_command import start
+
+    assert grid is not None and output is not None
+    request = SweepRequest(
+        grid,
+        overrides or [],
+        output,
+        settings,
+        cluster=cluster_named(cluster),
+        hardware=hardware,
+        parallel=parallel,
+        resume=resume,
+    )
+    raise SystemExit(start(request, say, dry_run=dry_run, detach=detach))
 
 
 def speaker(aside: bool) -> Callable[[str], None]:

@@ -29,8 +29,13 @@ def freeze(record: LaunchRecord, recipe: Recipe) -> None:
     """Writes code, recipe and environment below DIR/slurm. A run that is submitted again takes today's code."""
     record.path.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, record.recipe)
-    copy_code(record.code)
-    record.environment.write_text(json.dumps(surroundings(os.environ), indent=1))
+    freeze_code(record.code, record.environment)
+
+
+def freeze_code(code: Path, environment: Path) -> None:
+    """Copies the code to one place, and writes what it runs in to another."""
+    copy_code(code)
+    environment.write_text(json.dumps(surroundings(os.environ), indent=1))
 
 
 def copy_code(to: Path) -> None:
