@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dist_train.recipe import Recipe, write_recipe
-from dist_train.run_directory import git_revision
+from dist_train.run_directory import REVISION, git_revision
 from slurm.record import LaunchRecord
 
 PACKAGES = ("dist_train", "sharding", "slurm", "tools")
@@ -47,6 +47,7 @@ def copy_code(to: Path) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     for package in PACKAGES:
         shutil.copytree(source / package, fresh / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (fresh / REVISION).write_text(git_revision() or "")
     shutil.rmtree(to, ignore_errors=True)
     fresh.rename(to)
 
