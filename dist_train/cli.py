@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_train import launch_commands
+from dist_train.launch_commands import OtherBaseOption
 from sharding.errors import UserError, UserErrors
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
@@ -19,9 +21,6 @@ shards = typer.Typer(no_args_is_help=True, help="Make, look at and verify WebDat
 app.add_typer(shards, name="shards")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory (the --output of train).")]
-OtherBaseOption = Annotated[
-    bool, typer.Option("--accept-other-base", help="Take a checkpoint although the frozen weights are others now.")
-]
 RanksOption = Annotated[int | None, typer.Option(min=1, help="Local ranks to start. Default: one per GPU, or one.")]
 # What a place says that is full, not ours, out of order, or cannot exist.
 REFUSED = (
@@ -30,6 +29,13 @@ REFUSED = (
 )
 REMEDY = "Free space or name another place; what was saved before is whole."
 BAD_SAMPLE_HELP = "stop, or set_aside: leave bad samples out and count them."
+
+
+def known_format(name: str) -> str:
+    """Refuses a format that convert does not write, as soon as the command line is read."""
+    from tools.convert.formats import by_name
+
+    return by_name(name).name if name else name  # nothing, while a command line is only looked at
 
 
 @app.command()
@@ -78,65 +84,7 @@ def train(
         run.discard_unstarted()
 
 
-@app.command()
-def submit(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe, e.g. recipes/mosei/joint_7b_lora.yaml.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")] = None,
-    output: Annotated[Path, typer.Option(help="Run directory to make, on a disk that all nodes share.")] = ...,  # type: ignore[assignment]
-    launch: Annotated[Path | None, typer.Option(help="Launch file, e.g. recipes/slurm/2_nodes.yaml.")] = None,
-    nodes: Annotated[str | None, typer.Option(help="Nodes, or a range such as 2-4.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="One rank each. 0: a CPU partition.")] = None,
-    ranks_per_node: Annotated[int | None, typer.Option(min=1, help="Default: one per GPU.")] = None,
-    cpus_per_rank: Annotated[int | None, typer.Option(min=1, help="CPU cores of each rank. Default: 4.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Of each node, e.g. 200G; 0: all.")] = None,
-    time: Annotated[str | None, typer.Option(help="Limit of one attempt, e.g. 08:00:00; a longer run goes on.")] = None,
-    partition: Annotated[str | None, typer.Option()] = None,
-    account: Annotated[str | None, typer.Option()] = None,
-    qos: Annotated[str | None, typer.Option()] = None,
-    constraint: Annotated[str | None, typer.Option(help="Features that nodes must have.")] = None,
-    exclude: Annotated[str | None, typer.Option(help="Nodes not to use, e.g. gpu[03-04].")] = None,
-    reservation: Annotated[str | None, typer.Option()] = None,
-    exclusive: Annotated[bool | None, typer.Option("--exclusive", help="Whole nodes.")] = None,
-    preflight: Annotated[bool | None, typer.Option(help="Look at every node first. Default: yes.")] = None,
-    hardware: Annotated[str | None, typer.Option(help="Of the planner: h100, h200, a100, cpu, a YAML file.")] = None,
-    cluster: Annotated[str, typer.Option(help="slurm, or local: in the background on this machine.")] = "slurm",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, print the batch script, queue nothing.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --output.")] = False,
-    accept_other_base: OtherBaseOption = False,
-) -> None:
-    """Check a run, freeze code and recipe, and submit it to Slurm; it survives time limits, preemption and failures."""
-    from rich.console import Console
-
-    from slurm.settings import load_settings
-
-    options = {
-        "nodes": nodes, "gpus_per_node": gpus_per_node, "ranks_per_node": ranks_per_node, "time": time,
-        "cpus_per_rank": cpus_per_rank, "memory": memory, "partition": partition, "account": account, "qos": qos,
-        "constraint": constraint, "exclude": exclude, "reservation": reservation, "exclusive": exclusive,
-        "preflight": preflight,
-    }  # fmt: skip
-    settings = load_settings(launch, **options)
-    if cluster not in ("slurm", "local"):
-        raise UserError("--cluster", f"is {cluster!r}", "Write slurm or local.")
-    from slurm.submit import Request, submit_run, tell
-
-    request = Request(
-        recipe,
-        overrides or [],
-        output,
-        settings,
-        cluster="slurm" if cluster == "slurm" else "local",
-        hardware=hardware,
-        resume=resume,
-        accept_other_base=accept_other_base,
-    )
-
-    def say(text: str) -> None:
-        Console(stderr=dry_run).print(text, soft_wrap=True, markup=False, highlight=False)
-
-    submission = submit_run(request, say, dry_run=dry_run)
-    if submission is not None:
-        tell(submission, request, say)
+launch_commands.add_to(app)
 
 
 @app.command()
@@ -257,7 +205,9 @@ def plan(
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Run directory, checkpoint, or a foreign file or folder.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
-    to: Annotated[str, typer.Option(help="Format to write, e.g. huggingface; docs/conversion.md has all.")],
+    to: Annotated[
+        str, typer.Option(callback=known_format, help="Format to write, e.g. huggingface; docs/conversion.md has all.")
+    ],
     run: Annotated[Path | None, typer.Option(help="Run directory that tells what SRC does not.")] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the frozen model, if not the one SRC names.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. Default: the format's.")] = None,

@@ -30,6 +30,8 @@ PACKAGES = (
     "flash-attn",
 )
 
+REVISION = "REVISION"  # beside the packages, in a copy of the code that a submission keeps
+
 
 class RunDirectory:
     """Paths inside a run directory, and what is written there.
@@ -201,8 +203,12 @@ def environment(world_size: int) -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Commit of this code, with "+changes" if the working tree differs; None outside a git checkout."""
+    """Commit of this code, with "+changes" if the working tree differs; None outside a git checkout. A copy of the code
+    has it in a file.
+    """
     source = Path(__file__).parent
+    with contextlib.suppress(OSError):
+        return (source.parent / REVISION).read_text().strip() or None
 
     def git(*arguments: str) -> str:
         return subprocess.run(

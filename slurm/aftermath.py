@@ -171,7 +171,7 @@ def too_few(excluded: list[str], settings: LaunchSettings) -> str | None:
 
 def requeue(record: LaunchRecord, attempt: Attempt, settings: LaunchSettings) -> int:
     """Puts the job back into the queue, to start on other nodes than the excluded ones."""
-    job = os.environ["SLURM_JOB_ID"]
+    job, _ = identity(os.environ)  # not SLURM_JOB_ID: an array's last element has that of the whole array
     deadline, error = time.monotonic() + PATIENCE, ""
     while time.monotonic() < deadline:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)

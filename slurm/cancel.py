@@ -42,7 +42,7 @@ def cancel(run: Path, *, now: bool) -> int:
         how = next((one.command for one in found.next if one.command.startswith("kill")), "Ctrl-C where it runs")
         raise UserError(str(run), "was not submitted, but started by hand", f"Stop it by {how}: it saves and ends.")
     last = submissions[-1]
-    jobs = [job for one in submissions for job in (*own(one), *(link.job for link in one.chain))]
+    jobs = [job for one in submissions for job in own(one)]
     wrong = [job for job in jobs if not JOB.fullmatch(job)]
     if wrong:
         problem = f"names {wrong[0][:30]!r}, which is no job id"
@@ -55,7 +55,7 @@ def cancel(run: Path, *, now: bool) -> int:
         console.print(f"{run} is over already: {before.state}. There is nothing to cancel.", markup=False)
         return 0
     mark(files.record)
-    main = own(last)
+    main = own(last)[:1]
     stop([job for job in live if job not in main])  # what follows first, that it does not start in between
     try:
         if last.cluster == "local":
@@ -70,8 +70,8 @@ def cancel(run: Path, *, now: bool) -> int:
 
 
 def own(submission: Submission) -> list[str]:
-    """The Slurm job of a submission."""
-    return [submission.job] if submission.cluster == "slurm" else []
+    """The Slurm jobs of a submission: its own, and those that follow."""
+    return [submission.job, *(link.job for link in submission.chain)] if submission.cluster == "slurm" else []
 
 
 def mark(record: LaunchRecord) -> None:

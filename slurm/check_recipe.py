@@ -21,7 +21,16 @@ def check_recipe(path: Path, overrides: Sequence[str], settings: LaunchSettings)
     Raises:
         UserError, UserErrors: it is wrong, or data and ranks do not fit.
     """
-    recipe = fit_to_dataset(load_recipe(path, overrides))
+    return check_fit(load_recipe(path, overrides), settings)
+
+
+def check_fit(recipe: Recipe, settings: LaunchSettings) -> Recipe:
+    """The recipe with the dataset's feature widths.
+
+    Raises:
+        UserError, UserErrors: data and ranks do not fit.
+    """
+    recipe = fit_to_dataset(recipe)
     clips = len(open_split(recipe, "train"))
     open_split(recipe, "valid")
     most = settings.node_counts[1] * settings.ranks

@@ -11,12 +11,14 @@ from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.slurm.slurm import SlurmExecutor
+from submitit.slurm.slurm import SlurmExecutor, SlurmJob
 
 from sharding.errors import UserError
 from slurm.job import DEADLINE
-from slurm.record import LaunchRecord
 from slurm.settings import LaunchSettings
+from slurm.watcher import QueueWatcher
+
+SlurmJob.watcher = QueueWatcher(delay_s=10)  # of all jobs that Submitit submits from here
 
 # Of a message of sbatch: what to do about it.
 REMEDIES = {
@@ -33,9 +35,25 @@ REMEDIES = {
 
 
 def slurm_executor(
-    record: LaunchRecord, settings: LaunchSettings, folder: Path, name: str, *, dependency: str | None = None
+    code: Path, run: str, settings: LaunchSettings, folder: Path, name: str, *, dependency: str | None = None
 ) -> SlurmExecutor:
     """Submitit's executor for a training job, which keeps its pickles and the ranks' logs in `folder`.
+
+    Args:
+        code: the packages, as submitted.
+        run: the run directory, as a word of the batch script.
+    """
+    executor = plain_executor(settings, folder, name, dependency=dependency)
+    executor.update_parameters(
+        setup=setup(code, settings), teardown=[f"exec {shlex.quote(sys.executable)} -m slurm.aftermath {run} $?"]
+    )
+    return executor
+
+
+def plain_executor(
+    settings: LaunchSettings, folder: Path, name: str, *, dependency: str | None = None
+) -> SlurmExecutor:
+    """An executor that asks for what the settings say, and does nothing before and after srun.
 
     Ranks per node are told to srun, not to sbatch: from `--ntasks-per-node` sbatch would fix the job's number of tasks
     at its first start, and with it, for good, the number of nodes out of a range.
@@ -62,8 +80,6 @@ def slurm_executor(
             "--kill-on-bad-exit=1",
             *settings.srun,
         ],
-        setup=setup(record, settings),
-        teardown=[f"exec {shlex.quote(sys.executable)} -m slurm.aftermath {shlex.quote(str(record.run))} $?"],
         **optional(settings, dependency),
     )
     return executor
@@ -84,19 +100,29 @@ def optional(settings: LaunchSettings, dependency: str | None) -> dict[str, Any]
     return {key: value for key, value in given.items() if value is not None}
 
 
-def setup(record: LaunchRecord, settings: LaunchSettings) -> list[str]:
-    """Lines of the batch script before srun."""
-    ends = 'squeue --noheader --jobs "$SLURM_JOB_ID" --format %e'
+def surroundings(code: Path, settings: LaunchSettings) -> list[str]:
+    """Lines of a batch script that set up the environment, with the code as submitted."""
     return [
         *(f"export {key}={shlex.quote(value)}" for key, value in settings.environment.items()),
         *settings.setup,
-        f"export PYTHONPATH={shlex.quote(str(record.code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1  # else a checkout that is the working directory comes first",
+    ]
+
+
+def setup(code: Path, settings: LaunchSettings) -> list[str]:
+    """Lines of the batch script before srun."""
+    ends = 'squeue --noheader --jobs "$job" --format %e'
+    return [
+        *surroundings(code, settings),
+        "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}",
+        "job=${job:-$SLURM_JOB_ID}",
         "# Signals may get lost on their way into a container: the ranks know the time limit themselves.",
         f"ends=$({ends})",
         f'export {DEADLINE}="$(date -d "${{ends:-unknown}}" +%s 2>/dev/null)"',
         "# A time limit or preemption signals this script, too; it outlives srun and decides what comes next.",
         "trap : TERM USR2",
-        'echo "dist-train: attempt ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST" >&2',
+        'echo "dist-train: attempt ${SLURM_RESTART_COUNT:-0} of job $job on $SLURM_JOB_NODELIST" >&2',
     ]
 
 

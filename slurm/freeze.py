@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from dist_train.recipe import Recipe, write_recipe
-from dist_train.run_directory import git_revision
+from dist_train.run_directory import REVISION, git_revision
 from slurm.record import LaunchRecord
 
 PACKAGES = ("dist_train", "sharding", "slurm", "tools")
@@ -29,8 +29,13 @@ def freeze(record: LaunchRecord, recipe: Recipe) -> None:
     """Writes code, recipe and environment below DIR/slurm. A run that is submitted again takes today's code."""
     record.path.mkdir(parents=True, exist_ok=True)
     write_recipe(recipe, record.recipe)
-    copy_code(record.code)
-    record.environment.write_text(json.dumps(surroundings(os.environ), indent=1))
+    freeze_code(record.code, record.environment)
+
+
+def freeze_code(code: Path, environment: Path) -> None:
+    """Copies the code to one place, and writes what it runs in to another."""
+    copy_code(code)
+    environment.write_text(json.dumps(surroundings(os.environ), indent=1))
 
 
 def copy_code(to: Path) -> None:
@@ -42,6 +47,7 @@ def copy_code(to: Path) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     for package in PACKAGES:
         shutil.copytree(source / package, fresh / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (fresh / REVISION).write_text(git_revision() or "")
     shutil.rmtree(to, ignore_errors=True)
     fresh.rename(to)
 

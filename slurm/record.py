@@ -30,6 +30,22 @@ class ChainLink(BaseModel):
     job: str
 
 
+class Followed(BaseModel):
+    """A command of a chain that was begun."""
+
+    job: str
+    command: str
+    began: float
+    """Seconds since the epoch."""
+    ended: float | None = None
+    code: int | None = None
+
+    @property
+    def state(self) -> Literal["RUNNING", "COMPLETED", "FAILED"]:
+        """In Slurm's words."""
+        return "RUNNING" if self.ended is None else "FAILED" if self.code else "COMPLETED"
+
+
 class Submission(BaseModel):
     """One `submit` of a run."""
 
@@ -49,6 +65,8 @@ class Launch(BaseModel):
 
     settings: LaunchSettings
     accept_other_base: bool = False
+    chain: list[list[str]] = Field(default_factory=list)
+    """Of a local job: words of the commands that follow (on Slurm they are jobs of their own)."""
 
 
 class Failure(BaseModel):
@@ -97,6 +115,7 @@ class LaunchRecord:
         self.path = run / "slurm"
         self.submissions = self.path / "submissions.jsonl"
         self.attempts = self.path / "attempts.jsonl"
+        self.chain = self.path / "chain.jsonl"  # commands that followed: begun, ended
         self.cancelled = self.path / "cancelled"  # exists: no requeue
         self.script = self.path / "job.sh"
         self.recipe = self.path / "recipe.yaml"  # as submitted, resolved
@@ -157,6 +176,10 @@ class LaunchRecord:
             raise UserError(
                 str(self.launch), f"cannot be read ({error})", "Submit the run again with --resume."
             ) from None
+
+    def add_followed(self, followed: Followed) -> None:
+        """Appends a command that follows: once when it starts, again when it ends."""
+        append(self.chain, followed.model_dump(mode="json"))
 
     def add_attempt(self, attempt: Attempt) -> None:
         """Appends an attempt: once when it starts, again when it ends."""

@@ -118,7 +118,7 @@ class LaunchSettings(BaseModel):
         return minutes(self.time) or 0.0
 
 
-def load_settings(path: Path | None, **options: Any) -> LaunchSettings:
+def load_settings(launch: Path | None = None, **options: Any) -> LaunchSettings:
     """Reads a launch file, if one is given; options that are not None go before its keys.
 
     Raises:
@@ -126,22 +126,22 @@ def load_settings(path: Path | None, **options: Any) -> LaunchSettings:
         UserErrors: each key that is wrong.
     """
     values: Any = {}
-    if path is not None:
+    if launch is not None:
         try:
-            text = read_bounded(path, MOST_YAML, EXAMPLE).decode()
+            text = read_bounded(launch, MOST_YAML, EXAMPLE).decode()
             check_yaml(text)
             values = yaml.safe_load(text) or {}
         except OSError as error:
-            raise UserError(str(path), f"cannot be read ({error.strerror})", EXAMPLE) from None
+            raise UserError(str(launch), f"cannot be read ({error.strerror})", EXAMPLE) from None
         except (yaml.YAMLError, ValueError) as error:
-            raise UserError(str(path), f"is not YAML ({' '.join(str(error).split())})", EXAMPLE) from None
+            raise UserError(str(launch), f"is not YAML ({' '.join(str(error).split())})", EXAMPLE) from None
         if not isinstance(values, dict):
-            raise UserError(str(path), "is not a mapping of keys to values", EXAMPLE)
+            raise UserError(str(launch), "is not a mapping of keys to values", EXAMPLE)
     given = {key: value for key, value in options.items() if value is not None}
     try:
         return LaunchSettings.model_validate({**values, **given})
     except ValidationError as error:
-        raise UserErrors([told(found, given, path) for found in error.errors()]) from None
+        raise UserErrors([told(found, given, launch) for found in error.errors()]) from None
 
 
 def told(found: Any, options: dict[str, Any], path: Path | None) -> UserError:

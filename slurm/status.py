@@ -19,7 +19,7 @@ from sharding.files import MOST_YAML
 from slurm.log_files import job_folder, job_logs, reports, run_logs
 from slurm.progress import Progress, modified, process_lives, read, read_progress
 from slurm.queue import JOB, JobState, job_states
-from slurm.record import Attempt, LaunchRecord, Record, Submission, parse, rows
+from slurm.record import Attempt, Followed, LaunchRecord, Record, Submission, parse, rows
 from slurm.verdict import OVER, Case, State, moment, verdict
 
 ASK_SECONDS = 5.0  # given to squeue, and to sacct
@@ -131,9 +131,9 @@ class Files:
     def jobs(self) -> list[str]:
         """What Slurm is to be asked of."""
         last = self.submission
-        if last is None:
+        if last is None or last.cluster == "local":
             return []
-        return [*([last.job] if last.cluster == "slurm" else []), *(link.job for link in last.chain)]
+        return [last.job, *(link.job for link in last.chain)]
 
 
 def gather(runs: Iterable[Files]) -> list[RunStatus]:
@@ -165,10 +165,7 @@ def status_of(files: Files, states: dict[str, JobState], now: float | None = Non
     found.errors = errors
     if last is not None and job is not None:
         found.cluster, found.job, found.slurm = last.cluster, last.job, job
-        found.chain = [
-            Chained(command=link.command, job=link.job, state=states[link.job].state, reason=states[link.job].reason)
-            for link in last.chain
-        ]
+        found.chain = chained(files, last, states, job)
         if not job.answered:
             asked = f"Slurm tells nothing of job {last.job[:30]} ({job.reason})"
             notes.append(plain(asked if last.cluster == "slurm" else f"The job {job.reason}") + FILES_TELL)
@@ -182,6 +179,19 @@ def status_of(files: Files, states: dict[str, JobState], now: float | None = Non
         found.training_ends = max(progress.logged + progress.seconds_left, now)
     found.logs = log_places(files)
     found.next = list(advice(found, last))
+    return found
+
+
+def chained(files: Files, last: Submission, states: dict[str, JobState], job: JobState) -> list[Chained]:
+    """The commands that follow. On one machine the run's own process carries them out, and writes it down."""
+    told = {(one.job, one.command): one.state for one in files.lines(Followed, files.record.chain)}
+    found = []
+    for link in last.chain:
+        state = states.get(link.job) if last.cluster == "slurm" else None
+        if state is None:
+            begun = told.get((link.job, link.command), "PENDING" if job.live else "CANCELLED")
+            state = JobState(begun if job.live or begun != "RUNNING" else "FAILED")
+        found.append(Chained(command=link.command, job=link.job, state=state.state, reason=state.reason))
     return found
 
 

@@ -152,6 +152,6 @@ def test_second_submission_is_refused(
     """Two jobs in one run directory would write over each other."""
     first = SubmittedRun(recipe, tmp_path / "run", setup=["sleep 60"])
     told = refused(capsys, recipe, "--output", first.output, *TINY, "--resume")
-    assert f"is being trained by job {first.job}" in told
+    assert f"is at work already (job {first.job} is" in told
     assert only_error(call("submit", recipe, "--output", first.output, *TINY), capsys.readouterr().err)
     idle_cluster.slurm("scancel", first.job)
