@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from pydantic import BaseModel, Field
@@ -48,7 +49,7 @@ class Device(BaseModel):
     uuid: str | None = None
     products: int = Field(description="Matrix products made.")
     wrong: int = Field(description="Of them, with a wrong result.")
-    flops: float = Field(description="FLOP/s of the fastest of them.")
+    flops: float = Field(description="FLOP/s of the fastest of them; of a CPU on one core.")
     total: int | None = Field(None, description="Bytes of a GPU's memory.")
     free: int | None = None
     held: int | None = Field(None, description="Bytes in use that this process did not allocate (its context counts).")
@@ -80,20 +81,21 @@ def measure_device(device: torch.device) -> Device:
         held = total - free - torch.cuda.memory_reserved(device)
     draw = torch.Generator().manual_seed(size)
     a, b = (entries(size, draw).to(device, torch.bfloat16 if cuda else torch.float32) for _ in range(2))
-    first = a @ b
-    x = torch.randint(-1000, 1001, (size,), generator=draw).double()
-    right = torch.equal(first.cpu().double() @ x, a.cpu().double() @ (b.cpu().double() @ x))
-    made, wrong, fastest = 1, 0 if right else 1, float("inf")
-    calls = 10 if cuda else 1  # so that launching takes no part of the time
-    ends = time.perf_counter() + SECONDS
-    while time.perf_counter() < ends:
-        began = time.perf_counter()
-        for _ in range(calls):
-            product = a @ b
-        if cuda:
-            torch.cuda.synchronize(device)
-        fastest = min(fastest, (time.perf_counter() - began) / calls)
-        made, wrong = made + 1, wrong + int(not torch.equal(product, first))
+    with nullcontext() if cuda else one_thread():
+        first = a @ b
+        x = torch.randint(-1000, 1001, (size,), generator=draw).double()
+        right = torch.equal(first.cpu().double() @ x, a.cpu().double() @ (b.cpu().double() @ x))
+        made, wrong, fastest = 1, 0 if right else 1, float("inf")
+        calls = 10 if cuda else 1  # so that launching takes no part of the time
+        ends = time.perf_counter() + SECONDS
+        while time.perf_counter() < ends:
+            began = time.perf_counter()
+            for _ in range(calls):
+                product = a @ b
+            if cuda:
+                torch.cuda.synchronize(device)
+            fastest = min(fastest, (time.perf_counter() - began) / calls)
+            made, wrong = made + 1, wrong + int(not torch.equal(product, first))
     properties = torch.cuda.get_device_properties(device) if cuda else None
     return Device(
         name=properties.name if properties else "cpu",
@@ -106,6 +108,17 @@ def measure_device(device: torch.device) -> Device:
         free=free,
         held=held,
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """A core alone: several threads wait for each other, and where cores are shared for whole turns of others."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def entries(size: int, draw: torch.Generator) -> torch.Tensor:

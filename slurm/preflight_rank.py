@@ -26,7 +26,7 @@ def run_preflight(world: worlds.World, recipe: Path, overrides: Sequence[str], r
     found = preflight(settings, run)
     speaks = world.rank == next(rank for rank in range(world.size) if rank not in found.silent)
     if speaks:
-        Console().print(preflight_table(found))
+        Console().print(preflight_table(found, only_notes=True))
     if not found.good:
         raise UserErrors(found.errors() if speaks else [])
     return 0

@@ -18,8 +18,12 @@ from slurm.preflight_tournament import CHECK as NETWORK
 STYLES = {"bad node": "red", "stop": "red", "note": "yellow"}
 
 
-def preflight_table(found: Preflight) -> Group:
-    """One row per check with what was measured, and a line per finding."""
+def preflight_table(found: Preflight, *, only_notes: bool = False) -> Group:
+    """One row per check with what was measured, and a line per finding.
+
+    Args:
+        only_notes: no lines for what is told as an error.
+    """
     nodes = len(set(found.nodes))
     title = f"Preflight of {len(found.nodes)} ranks on {nodes} node{'s' * (nodes > 1)}"
     table = Table(title=f"{title}, {found.seconds.get('all', 0):.1f} s", title_justify="left", box=None, pad_edge=False)
@@ -36,7 +40,8 @@ def preflight_table(found: Preflight) -> Group:
         mark = Text("✓", "green") if severity is None else Text("!" if severity == "note" else "✗", STYLES[severity])
         seconds = found.seconds.get(check)
         table.add_row(mark, check, "" if seconds is None else f"{seconds:.1f}", Text(text))
-    return Group(table, *(line(one) for one in found.findings))
+    shown = [one for one in found.findings if one.severity == "note" or not only_notes]
+    return Group(table, *map(line, shown))
 
 
 def line(finding: Finding) -> Text:
