@@ -118,7 +118,7 @@ def examine_nodes(recipe: Any, run: Any, reports: Path) -> None:
     from slurm.preflight import preflight  # noqa: PLC0415
     from slurm.preflight_table import preflight_table  # noqa: PLC0415
 
-    found = preflight(recipe, run)
+    found = preflight(recipe, run, nodes=nodes_of_ranks(dist.get_world_size()))
     speaker = next(rank for rank in range(dist.get_world_size()) if rank not in found.silent)
     if dist.get_rank() == speaker:
         Console(width=120).print(preflight_table(found))
@@ -134,6 +134,14 @@ def examine_nodes(recipe: Any, run: Any, reports: Path) -> None:
                 time.sleep(0.1)
         leave(CRASHED)
     raise UserErrors(found.errors() if dist.get_rank() == speaker else [])
+
+
+def nodes_of_ranks(world: int) -> list[str] | None:
+    """Which node Slurm has started each rank on: as many on each, one node after another."""
+    nodes = expand(os.environ.get("SLURM_STEP_NODELIST", ""))
+    if not nodes or world % len(nodes):
+        return None
+    return [node for node in nodes for _ in range(world // len(nodes))]
 
 
 def this_world(environment: Mapping[str, str]) -> World:

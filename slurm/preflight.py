@@ -85,7 +85,9 @@ def as_error(finding: Finding) -> UserError:
     return UserError(f"{finding.node}{rank}: {finding.check}", problem, remedy)
 
 
-def preflight(recipe: Recipe, run: RunDirectory, *, seconds: float = 30) -> Preflight:
+def preflight(
+    recipe: Recipe, run: RunDirectory, *, seconds: float = 30, nodes: Sequence[str] | None = None
+) -> Preflight:
     """Examines everything (collective, in a world that `sharding.world.join` has made). Rank 0 writes
     slurm/preflight.json in the run directory.
 
@@ -98,9 +100,10 @@ def preflight(recipe: Recipe, run: RunDirectory, *, seconds: float = 30) -> Pref
         run: its directory; need not exist.
         seconds: that it should take at most where nothing hangs. Each check gets a quarter of it, a pair of ranks a
             third for its exchange, an all-reduce all of it; after four fifths no more pairs are measured.
+        nodes: on which each rank was started, so that one that never answers can be named.
     """
     beat("preflight")
-    found = Preflight(nodes=[UNKNOWN] * dist.get_world_size())
+    found = Preflight(nodes=list(nodes or [UNKNOWN] * dist.get_world_size()))
     try:
         found = examine(recipe, run, seconds, found)
     except RankZeroSilent:
@@ -120,7 +123,7 @@ def examine(recipe: Recipe, run: RunDirectory, seconds: float, found: Preflight)
     exchange = Exchange()
     ranks, number = range(exchange.world), secrets.randbits(32)
     found.number, found.nodes = exchange.report(
-        node_name(), lambda reports: [number, [reports.get(rank, UNKNOWN) for rank in ranks]], ARRIVAL
+        node_name(), lambda reports: [number, [reports.get(rank, found.nodes[rank]) for rank in ranks]], ARRIVAL
     )
     nodes = found.nodes
     began, limit = time.monotonic(), seconds / 4

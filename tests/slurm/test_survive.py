@@ -131,8 +131,8 @@ def test_time_limit(
 
 
 def goes_on(found: list[float], reference: dict[str, Any]) -> bool:
-    """Whether losses on another number of ranks are the reference's, of as many steps as there are. Rounding differs, and
-    grows over a hundred steps to some percent.
+    """Whether losses on another number of ranks are the reference's, for as many steps as there are. Rounding differs,
+    and grows over a hundred steps to some percent.
     """
     expected = losses(reference)[: len(found)]
     return np.allclose(found[:30], expected[:30], rtol=1e-4) and np.allclose(found, expected, rtol=0.1)
