@@ -88,6 +88,39 @@ launch_commands.add_to(app)
 
 
 @app.command()
+def preflight(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe that is to be trained.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")] = None,
+    output: Annotated[Path, typer.Option(help="Run directory, new or not.")] = ...,  # type: ignore[assignment]
+    ranks: RanksOption = None,
+) -> None:
+    """Examine the nodes, network, disks and shards of a training before it; inside torchrun or srun those of all ranks.
+
+    Writes slurm/preflight.json in the run directory.
+    """
+    from dist_train.run_directory import RunDirectory
+    from dist_train.world_size import foresee
+    from sharding.launch import run_local
+    from sharding.world import read_world
+
+    run = RunDirectory(output)
+    world = read_world(os.environ)
+    if world is not None:
+        from sharding.ops import choose_accelerator
+
+        choose_accelerator()
+        from dist_train.rank import end
+        from slurm.preflight_rank import run_preflight
+
+        end(run_preflight(world, recipe, overrides or [], run))
+    ranks = ranks or default_ranks()
+    foresee(recipe, overrides or [], ranks)
+    if output.exists() and not output.is_dir():
+        raise UserError(str(output), "is not a directory", "Give another --output.")
+    raise SystemExit(run_local(again(), ranks, run.path / "slurm" / "logs"))
+
+
+@app.command()
 def evaluate(
     directory: RunArgument,
     checkpoint: Annotated[str, typer.Option(help="best, last, or the path of a checkpoint.")] = "best",
@@ -144,7 +177,10 @@ def plan(
     gpu_memory: Annotated[str | None, typer.Option(help="Of a GPU, e.g. 80GiB. Default: the profile's.")] = None,
     hardware: Annotated[str, typer.Option(help="h100, h200, a100, cpu, or a YAML profile.")] = "h100",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write; with --scale, a figure beside it.")] = None,
+    scale: Annotated[
+        str | None, typer.Option(metavar="A..B", help="Weak and strong scaling over A to B GPUs, e.g. 8..512.")
+    ] = None,
 ) -> None:
     """Foretell memory, traffic and time of a recipe before anything is allocated, and say which settings fit best."""
     from rich.console import Console
@@ -159,7 +195,22 @@ def plan(
     profile = load_hardware(hardware)
     if gpu_memory is not None:
         profile = profile.model_copy(update={"memory": read_bytes(gpu_memory, "--gpu-memory")})
-    made = make_plan(load_recipe(recipe, overrides or []), profile, nodes, gpus_per_node)
+    settings = load_recipe(recipe, overrides or [])
+    if scale is not None:
+        from dist_train.scaling_curve import curve_table, write_curve
+        from dist_train.scaling_model import model_scaling, read_scale
+
+        if nodes != 1:
+            raise UserError("--nodes", "has no meaning with --scale", "Write --scale A..B and --gpus-per-node.")
+        curve = model_scaling(settings, profile, read_scale(scale, gpus_per_node), gpus_per_node)
+        if output is not None:
+            write_curve(curve, output)
+        if as_json:
+            print(curve.model_dump_json(indent=1))
+        else:
+            Console().print(curve_table(curve))
+        return
+    made = make_plan(settings, profile, nodes, gpus_per_node)
     if output is not None:
         made.write(output)
     if as_json:
@@ -187,11 +238,31 @@ def convert(
 
 
 @app.command()
-def report(directory: RunArgument) -> None:
-    """Write report.html, one self-contained page, and the figures of a run."""
-    from dist_train.report import write_report
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories, or a folder of them.")],
+    scaling: Annotated[bool, typer.Option("--scaling", help="Compare runs of several world sizes.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Of --scaling: directory. Default: the runs' folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Of --scaling: print JSON.")] = False,
+) -> None:
+    """Write report.html, one self-contained page, and the figures of each run; or of how a training scales."""
+    if not scaling:
+        from dist_train.report import write_report
 
-    print(write_report(directory))
+        if output is not None or as_json:
+            raise UserError("report", "--output and --json belong to --scaling", "Leave them out, or add --scaling.")
+        for directory in directories:
+            print(write_report(directory))
+        return
+    from rich.console import Console
+
+    from dist_train.scaling_page import scaling_table, write_scaling
+
+    found, page = write_scaling(directories, output)
+    if as_json:
+        print(found.model_dump_json(indent=1))
+    else:
+        Console().print(scaling_table(found))
+        print(page)
 
 
 @app.command()

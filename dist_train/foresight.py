@@ -21,6 +21,7 @@ from dist_train.plan import Measured, Plan, Planner, here, plan_as_is
 from dist_train.plan_corpus import Corpus, clip_of, load_of
 from dist_train.recipe import Recipe
 from sharding.collectives import device, gather_objects
+from sharding.exchange_time import Exchanged
 from sharding.hardware import PROFILES, Hardware
 from sharding.meter import Meter
 from sharding.order import EpochPlan
@@ -116,7 +117,7 @@ class Foresight:
         counts = plan.rows(epoch_step)  # of each rank in each micro-step: the loss pads them to the most of any rank
         exact = self.recipe.training.accumulated_loss == "exact"
         most = max(map(sum, zip(*counts, strict=True))) if exact else sum(map(max, counts))
-        foretold = self.planner.predict(clips, rank=0, gathered=most)
+        foretold = self.planner.predict(clips, rank=0, gathered=most, of=len(plan.batch(epoch_step)))
         self.planner.traces.clear()
         self.write(
             Measured(
@@ -128,6 +129,18 @@ class Foresight:
                 foretold_wire_bytes=foretold.wire_bytes,
             )
         )
+
+    def exchange(self, found: Exchanged) -> None:
+        """Puts into plan.json how much of the time in collectives was transfer."""
+        if self.rates is not None:
+            self.attempt(partial(self.write_exchange, found))
+
+    def write_exchange(self, found: Exchanged) -> None:
+        """See `exchange`."""
+        measured = self.known()
+        if measured is not None:
+            values = {"exchange_seconds": found.seconds, "transfer_seconds": found.transfer_seconds}
+            self.write(measured.model_copy(update={"exchange_steps": found.steps, **values}))
 
     def close(self, speed: dict[str, Any]) -> None:
         """Puts the mean step and the MFU of the finished run into plan.json."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import record_function
 
+from sharding.clock import between, now
 from sharding.heartbeat import beat
 
 
@@ -53,20 +53,6 @@ class Phases:
 
 
 _current: ContextVar[Phases | None] = ContextVar("phases", default=None)
-
-
-def now() -> Any:
-    """A point in time of the device: an event in its stream, or seconds."""
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(start: Any, end: Any) -> float:
-    """Seconds between two points."""
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3
 
 
 @contextmanager

@@ -100,19 +100,21 @@ class Planner:
         simulation = self.recipe.simulation
         return 1 / simulation.refresh_epochs if simulation.rollout == "cached" else 1.0
 
-    def on(self, nodes: int) -> Planner:
-        """The same on more nodes."""
+    def on(self, nodes: int, per_node: int | None = None) -> Planner:
+        """The same on another number of nodes, and of ranks of each."""
         other = copy.copy(self)
-        other.nodes, other.world, other.traces = nodes, nodes * self.per_node, {}
+        other.nodes, other.per_node, other.traces = nodes, per_node or self.per_node, {}
+        other.world = other.nodes * other.per_node
         return other
 
-    def trace(self, clips: Sequence[Clip], rows: int, *, zero3: bool) -> MicroStep:
-        """The micro-step of these clips; the loss is taken over `rows` clips."""
-        key = (tuple(clips), rows, zero3)
+    def trace(self, clips: Sequence[Clip], rows: int, *, zero3: bool, real: int | None = None) -> MicroStep:
+        """The micro-step of these clips; `rows` are gathered for the loss, of which `real` (default: all) are clips."""
+        real = rows if real is None else min(real, rows)
+        key = (tuple(clips), rows, real, zero3)
         if key not in self.traces:
             tracer = Tracer(cuda=self.hardware.kind == "cuda", zero3=zero3)
             batch = hollow_batch(self.recipe, self.model, clips, tracer)
-            trace, row_bytes, passages = trace_step(self.recipe, self.model, batch, tracer, rows=rows)
+            trace, row_bytes, passages = trace_step(self.recipe, self.model, batch, tracer, rows=rows, real=real)
             held = [value for name, value in batch.items() if isinstance(value, Tensor) and "answer" not in name]
             size = sum(x.numel() * x.element_size() for x in held)
             self.traces[key] = MicroStep(trace, size, row_bytes, len(clips), batch["audio"].shape[1], passages)
@@ -127,6 +129,7 @@ class Planner:
         load: Load | None = None,
         rank: int | None = None,
         gathered: int | None = None,
+        of: int | None = None,
     ) -> Prediction:
         """Foretells a step.
 
@@ -137,15 +140,18 @@ class Planner:
             load: of an epoch, for its duration.
             rank: whose memory; default: the last, which holds most.
             gathered: rows, padding included, that each rank gives to the exchanges of the loss; default: its clips.
+            of: clips of the step over all ranks; default: as many as rows.
         """
         recipe, zero = self.recipe, zero or self.recipe.zero
         steps = len(micro_batches)
         exact = recipe.training.accumulated_loss == "exact"
         rows = self.world * max(map(len, micro_batches)) * (steps if exact else 1)
+        if exact and gathered:
+            rows = self.world * gathered
         zero3 = zero.stage == 3
         # Exact accumulation runs the last micro-batch first, approximate accumulation takes them as they come.
         ordered = list(reversed(micro_batches)) if exact else list(micro_batches)
-        traced = [self.trace(clips, rows, zero3=zero3) for clips in ordered]
+        traced = [self.trace(clips, rows, zero3=zero3, real=of) for clips in ordered]
         schedule = Schedule(
             micro_steps=steps,
             replays=exact and steps > 1,
@@ -158,7 +164,9 @@ class Planner:
         rank = self.world - 1 if rank is None else rank
         stage = STAGES[zero.stage](self.weights, zero, self.world, rank, optimizer_of(recipe, self.hardware))
         replay = stage.run([one.trace for one in traced], schedule)
-        timed = traced if typical is None else [self.trace(clips, rows, zero3=zero3) for clips in reversed(typical)]
+        timed = traced
+        if typical is not None:
+            timed = [self.trace(clips, rows, zero3=zero3, real=of) for clips in reversed(typical)]
         traces = [one.trace for one in timed]
         seconds = self.seconds(traces, replay, zero, exact=exact)
         return self.summary(replay, zero, micro_batches, traces, seconds, load, exact=exact)
@@ -315,6 +323,11 @@ class Measured(BaseModel):
     foretold_wire_bytes: dict[str, int]
     step_seconds: float | None = Field(None, description="Mean over the run; null while it goes on.")
     mfu: float | None = Field(None, description="Model FLOPs utilisation over the run.")
+    exchange_steps: int | None = Field(
+        None, description="Steps after the measured one over which the next two are means."
+    )
+    exchange_seconds: float | None = Field(None, description="Of rank 0 in collectives, per step.")
+    transfer_seconds: float | None = Field(None, description="Of these with all ranks there: the rest was waiting.")
 
 
 class Plan(BaseModel):
@@ -362,9 +375,18 @@ def plan_as_is(planner: Planner, corpus: Corpus, load: Load) -> Plan:
 
 
 def predict_epoch(planner: Planner, load: Load, zero: ZeroSettings | None = None) -> Prediction:
-    """Memory of the micro-batch that takes most, and time of a typical step."""
+    """Memory of the micro-batch that takes most, and time of a typical step: that of the rank with most to compute, or
+    of the one that decodes the longest answer, token by token, if that takes longer.
+    """
     worst = [load.worst] * len(load.typical)
-    return planner.predict(worst, zero=zero, typical=load.typical, load=load)
+    slow = [load.typical]
+    if planner.recipe.simulation.decodes and load.longest != load.typical:
+        slow.append(load.longest)
+    batch = planner.recipe.data.batch
+    return max(
+        (planner.predict(worst, zero=zero, typical=one, load=load, gathered=load.gathered, of=batch) for one in slow),
+        key=lambda prediction: prediction.seconds["step"],
+    )
 
 
 def here() -> str:

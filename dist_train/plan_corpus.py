@@ -59,6 +59,9 @@ class Load(NamedTuple):
         clips: per epoch.
         seconds, tokens: padded seconds and packed tokens of the worst micro-batch, as `data.budget` counts them.
         longest_seconds, longest_tokens: of a single clip.
+        longest: of the step whose longest answer is in the middle, the micro-batch with the longest one, for each
+            micro-step.
+        gathered: rows that each rank gives to the exchanges of the loss in the step in the middle, fillers included.
     """
 
     worst: list[Clip]
@@ -71,6 +74,8 @@ class Load(NamedTuple):
     tokens: float
     longest_seconds: float
     longest_tokens: float
+    longest: list[list[Clip]]
+    gathered: int
 
 
 def corpus_of(recipe: Recipe) -> tuple[Recipe, Corpus]:
@@ -155,6 +160,17 @@ def load_of(recipe: Recipe, corpus: Corpus, world: int) -> Load:
         return [clip_of(recipe, corpus.columns, int(index)) for index in slots[place]]
 
     worst = max(weight, key=weight.__getitem__)
+    characters = np.array([found or 0 for found in corpus.columns.text_characters])
+    said = {place: characters[rows].max() for place, rows in slots.items()}
+    tops = [characters[plan.batch(step)].max() for step in range(looked_at)]
+    answered = int(np.argsort(tops)[looked_at // 2])
+    answers: dict[int, tuple[int, int, int]] = {}
+    for place in slots:
+        if place[0] == answered and said[place] >= said[answers.setdefault(place[1], place)]:
+            answers[place[1]] = place
+    counts = plan.rows(middle)
+    exact = recipe.training.accumulated_loss == "exact"
+    most = max(map(sum, zip(*counts, strict=True))) if exact else sum(map(max, counts))
     return Load(
         clips(worst),
         clips(min(weight, key=weight.__getitem__)),
@@ -166,4 +182,6 @@ def load_of(recipe: Recipe, corpus: Corpus, world: int) -> Load:
         float(packed[worst]),
         float(seconds.max()),
         float(words.max()),
+        [clips(answers[micro]) for micro in sorted(answers)],
+        most,
     )

@@ -95,11 +95,14 @@ def hollow(lengths: Sequence[int], width: int | None, dtype: torch.dtype) -> tup
     return torch.zeros(shape, dtype=dtype), torch.arange(longest) < torch.tensor(lengths)[:, None]
 
 
-def trace_step(recipe: Recipe, model: DoubleFlow, batch: Batch, tracer: Tracer, *, rows: int) -> tuple[Trace, int, int]:
+def trace_step(
+    recipe: Recipe, model: DoubleFlow, batch: Batch, tracer: Tracer, *, rows: int, real: int | None = None
+) -> tuple[Trace, int, int]:
     """Forward, loss and backward of one micro-step; decoding is the phase `decode`.
 
     Args:
-        rows: clips over which the loss is taken.
+        rows: that the ranks gather for the loss, fillers included.
+        real: clips among them, over which the loss is taken; default: all.
 
     Returns:
         The trace, bytes of the row that a clip exchanges, passages through the language model's layers (see Flows).
@@ -112,19 +115,19 @@ def trace_step(recipe: Recipe, model: DoubleFlow, batch: Batch, tracer: Tracer, 
         packed = pack(flows, batch)
         row_bytes, passages = packed.rows.shape[1] * packed.rows.element_size(), int(flows.passages)
         del flows
-        kept = hollow_loss(recipe, packed, rows)
+        kept = hollow_loss(recipe, packed, rows, rows if real is None else real)
         surrogate = (packed.rows * kept[0][: len(packed.rows)]).sum() * 1.0
         tracer.phase = "backward"
         surrogate.backward()
     return trace, row_bytes, passages
 
 
-def hollow_loss(recipe: Recipe, packed: Packed, rows: int) -> tuple[Tensor, Tensor]:
+def hollow_loss(recipe: Recipe, packed: Packed, rows: int, real: int) -> tuple[Tensor, Tensor]:
     """What `global_loss` does with the rows of all ranks, and what it keeps of them: their gradient and a copy."""
     whole = packed.rows.new_zeros(rows, packed.rows.shape[1]).requires_grad_()
-    chosen = whole.index_select(0, torch.arange(rows))
+    chosen = whole.index_select(0, torch.arange(real))
     *columns, label, has_text, _, _ = chosen.split([*(shape.numel() for shape in packed.shapes), 1, 1, 1, 2], 1)
-    parts = [column.reshape(rows, *shape) for column, shape in zip(columns, packed.shapes, strict=True)]
+    parts = [column.reshape(real, *shape) for column, shape in zip(columns, packed.shapes, strict=True)]
     complete, missing, asr = FlowOutput(*parts[:FLOW]), FlowOutput(*parts[FLOW:-1]), parts[-1]
     loss, _ = double_flow_loss(complete, missing, label[:, 0].detach(), has_text[:, 0] > 0, recipe.loss)
     if recipe.loss.asr > 0:

@@ -125,8 +125,7 @@ def scale(planner: Planner, recipe: Recipe, corpus: Corpus, here: Prediction) ->
             seconds = here.seconds["step"]
         else:
             larger = planner.on(factor * planner.nodes)
-            typical = load_of(recipe, corpus, world).typical
-            seconds = larger.predict(typical).seconds["step"]
+            seconds = predict_epoch(larger, load_of(recipe, corpus, world)).seconds["step"]
         first = found[0] if found else None
         efficiency = 1.0 if first is None else first.step_seconds * first.world / (seconds * world)
         found.append(Scale(world=world, clips=recipe.data.batch / world, step_seconds=seconds, efficiency=efficiency))

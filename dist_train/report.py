@@ -246,6 +246,7 @@ def _context(run: Run) -> dict[str, Any]:
         "Clips per second": _show(number(_get(summary, "speed", "clips_per_second")), ",.1f", ""),
         "LLM tokens per second": _show(number(_get(summary, "speed", "tokens_per_second")), ",.0f", ""),
         "MFU": _show(number(_get(summary, "speed", "mfu")), ".1%", ""),
+        "In collectives": _show(number(_get(summary, "speed", "exchange_share")), ".1%", ""),
         "Audio padding": _show(number(_get(summary, "speed", "padding_share")), ".0%", ""),
         "Seed": summary.get("seed"),
         "Set aside": f"{summary['set_aside']} bad samples" if summary.get("set_aside") else "",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from rich.console import Console
 
 from dist_train.build import open_split
+from dist_train.keys import flat, is_free
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.run_state import read_run_state
@@ -50,11 +49,6 @@ def check_same(before: Recipe, now: Recipe) -> None:
         raise UserErrors(errors)
 
 
-def is_free(key: str, free: tuple[str, ...]) -> bool:
-    """Whether `free` names the key, or the section that it lies in."""
-    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in free)
-
-
 def continue_from(run: RunDirectory, recipe: Recipe) -> None:
     """Makes the newest checkpoint that is whole the run's last one, and tells if it is not the newest of all. One
     process calls this.
@@ -80,11 +74,3 @@ def continue_from(run: RunDirectory, recipe: Recipe) -> None:
         console.print(f"Note: continued from {newest.checkpoint.directory}, the newest whole one.", soft_wrap=True)
     if "best" in newest.lost:
         console.print("Note: the best checkpoint so far is lost; the best is chosen among validations from here on.")
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    rows: dict[str, Any] = {}
-    for key, value in values.items():
-        rows.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value})
-    return rows

@@ -54,12 +54,12 @@ class RunDirectory:
         self._made: list[Path] = []  # by create, innermost first
 
     def create(self) -> None:
-        """Makes a new run directory.
+        """Makes a new run directory. That what was written before a run began (slurm/) is there does not matter.
 
         Raises:
             UserError: it exists, or cannot be made.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(one.name != "slurm" for one in self.path.iterdir())):
             raise UserError(
                 str(self.path), "exists already", "Give another --output, or continue that run with --resume."
             )

@@ -20,9 +20,9 @@ def speed(steps: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         step_seconds (mean), clips_per_second, tokens_per_second (language model positions; all ranks), data_share (of
-        the time, waiting for data), rollout_share (decoding imagined text), phase_seconds (per step, of rank 0),
-        padding_share (of rank 0's audio positions), micro_steps (per step), mfu (share of what matrix products reach
-        on these devices; None if unknown).
+        the time, waiting for data), exchange_share (in collectives, of rank 0; None if unknown), rollout_share
+        (decoding imagined text), phase_seconds (per step, of rank 0), padding_share (of rank 0's audio positions),
+        micro_steps (per step), mfu (share of what matrix products reach on these devices; None if unknown).
     """
     steps = [row for row in steps[WARM_UP:] if not row.get("measured")] or steps
     if not steps:
@@ -34,6 +34,7 @@ def speed(steps: list[dict[str, Any]]) -> dict[str, Any]:
             phases[name] = phases.get(name, 0.0) + value
     count = len(steps)
     used = [row.get("mfu") for row in steps]
+    exchanged: list[Any] = [row.get("exchange_seconds") for row in steps]
     return {
         "step_seconds": seconds / count,
         "mfu": None
@@ -42,6 +43,7 @@ def speed(steps: list[dict[str, Any]]) -> dict[str, Any]:
         "clips_per_second": sum(row["clips"] for row in steps) / seconds,
         "tokens_per_second": sum(row["tokens"] for row in steps) / seconds,
         "data_share": sum(row["data_seconds"] for row in steps) / seconds,
+        "exchange_share": None if None in exchanged else sum(exchanged) / seconds,
         "rollout_share": phases.get("rollout", 0.0) / seconds,
         "phase_seconds": {name: value / count for name, value in phases.items()},
         "padding_share": sum(row["padding_share"] for row in steps) / count,

@@ -35,6 +35,7 @@ from sharding.census import Census
 from sharding.collectives import any_rank, gather_objects, together
 from sharding.engine_state import adam
 from sharding.errors import UserError
+from sharding.exchange_time import Exchanged, ExchangeTimer, Waits
 from sharding.heartbeat import beat
 from sharding.order import EpochPlan
 from sharding.portable import Portable
@@ -72,7 +73,8 @@ class Trainer:
         last = Portable(find_checkpoint(run, "last"), checksums=False) if resume and run.saved else None
         model = build_model(recipe, tokenizer, resumed=last is not None)
         self.collate = build_collator(recipe, tokenizer, model)
-        self.phases = Phases()
+        self.phases, self.exchange, self.waits = Phases(), ExchangeTimer(), Waits()
+        self.ended: float | None = None  # when the last step did, if nothing but bookkeeping followed
         self.rollouts = (
             RolloutCache(self.train_split.info.content_hash, recipe.simulation.refresh_epochs)
             if recipe.simulation.rollout == "cached"
@@ -140,6 +142,7 @@ class Trainer:
         """
         stopped = self.loop(display, stop)
         self.saver.finish()
+        self.note(self.waits.tell())
         return stopped
 
     def loop(self, display: Display, stop: StopFlag) -> bool:
@@ -166,7 +169,7 @@ class Trainer:
 
     def steps(self, plan: EpochPlan, display: Display) -> Any:
         """Makes the optimizer steps of an epoch that are left, yielding after each."""
-        progress = self.progress
+        progress, self.ended = self.progress, None
         if self.rollouts is not None:
             self.rollouts.begin_epoch(progress.epoch)
         batches = stream(
@@ -180,6 +183,7 @@ class Trainer:
         )
         for epoch_step in range(progress.epoch_step, plan.steps):
             started, waited = time.perf_counter(), 0.0
+            since: float | None = None if self.ended is None else started - self.ended
             beat("data", progress.step)
 
             def next_batch() -> Any:
@@ -192,10 +196,11 @@ class Trainer:
 
             rate = self.learning_rate(progress.step, progress.epoch)
             measures = progress.step + 1 == self.started + MEASURED
-            with measured(self.phases), self.observed(measures):
+            with measured(self.phases), self.exchange, self.observed(measures):
                 result = self.step(next_batch, plan, epoch_step, rate)
-            phases = self.phases.read()
-            seconds = time.perf_counter() - started
+            phases, exchanged = self.phases.read(), self.exchange.read()
+            self.ended = time.perf_counter()
+            seconds = self.ended - started
             self.peak = max(self.peak, peak_bytes())
             progress.step += 1
             progress.epoch_step += 1
@@ -221,13 +226,26 @@ class Trainer:
                         "phases": phases,
                         "step_seconds": seconds,
                         "data_seconds": waited,
+                        "exchange_seconds": sum(exchanged),  # in collectives, waiting for other ranks included
+                        "between_seconds": since,  # bookkeeping after the step before; null if more was done
+                        "world_size": self.world,
                         "peak_bytes": self.peak,
                         "measured": measures,  # for plan.json: slower than others
                     }
                 )
                 self.foresight.compare(plan, epoch_step, progress.step)
+            if measures:  # followed by a comparison
+                self.ended = None
+            elif progress.step > self.started + MEASURED:
+                self.note(self.waits.add(exchanged))
             display.step(progress.step, result.loss, len(plan.batch(epoch_step)) / seconds)
             yield
+
+    def note(self, exchanged: Exchanged | None) -> None:
+        """Puts into plan.json how the time in collectives divides."""
+        if exchanged is not None and self.foresight is not None:
+            self.foresight.exchange(exchanged)
+            self.ended = None
 
     def learning_rate(self, step: int, epoch: int) -> float:
         """Learning rate of the next step."""
@@ -268,6 +286,7 @@ class Trainer:
         """Evaluates on the validation split, keeps count of the best, and saves (collective)."""
         progress, recipe = self.progress, self.recipe
         began = time.perf_counter()
+        self.ended = None
         self.engine.eval()
         predictions = predict(
             self.engine,
@@ -306,6 +325,7 @@ class Trainer:
 
     def save(self, *pointers: str) -> None:
         """Saves a checkpoint, which these pointers will name too (collective)."""
+        self.ended = None
         every = gather_objects(self.progress.set_aside)
         self.progress.set_aside = sorted({problem for part in every for problem in part})
         together(self.check_clips_left)

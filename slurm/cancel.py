@@ -18,7 +18,7 @@ from slurm.ask import ask
 from slurm.progress import ago, lasting, process_lives, read_progress
 from slurm.queue import GONE, JOB, JobState, job_states
 from slurm.record import LaunchRecord, Submission
-from slurm.status import ASK_SECONDS, START_SECONDS, Files, gather, resume, status_of
+from slurm.status import ASK_SECONDS, Files, gather, resume, status_of
 from slurm.verdict import WAITING
 
 POLL = 2.0  # seconds between questions to Slurm
@@ -38,18 +38,19 @@ def cancel(run: Path, *, now: bool) -> int:
     files = Files(run)
     submissions = LaunchRecord(run).read_submissions()
     if not submissions:
-        found = gather([run])[0]
+        found = gather([files])[0]
         how = next((one.command for one in found.next if one.command.startswith("kill")), "Ctrl-C where it runs")
         raise UserError(str(run), "was not submitted, but started by hand", f"Stop it by {how}: it saves and ends.")
     last = submissions[-1]
     jobs = [job for one in submissions for job in own(one)]
     wrong = [job for job in jobs if not JOB.fullmatch(job)]
     if wrong:
-        raise UserError(str(files.record.submissions), f"names {wrong[0]!r}, which is no job id", "Remove the line.")
+        problem = f"names {wrong[0][:30]!r}, which is no job id"
+        raise UserError(str(files.record.submissions), problem, "Remove the line.")
     states = job_states(jobs, ASK_SECONDS) if jobs else {}
     before = status_of(files, states)
     live = [job for job in jobs if states[job].live or not states[job].answered]
-    console = Console(stderr=True)
+    console = Console(stderr=True, highlight=False)
     if before.over and not live:
         console.print(f"{run} is over already: {before.state}. There is nothing to cancel.", markup=False)
         return 0
@@ -80,8 +81,11 @@ def mark(record: LaunchRecord) -> None:
         UserError: the disk refuses.
     """
     when = datetime.now().astimezone().isoformat(timespec="seconds")
+    temporary = record.cancelled.with_name("cancelled.new")
     try:
-        record.cancelled.write_text(f"{when} {getpass.getuser()}@{platform.node()}\n")
+        temporary.unlink(missing_ok=True)  # whatever it is: a foreign directory may have put a FIFO or a link there
+        temporary.write_text(f"{when} {getpass.getuser()}@{platform.node()}\n")
+        temporary.replace(record.cancelled)
     except OSError as error:
         raise UserError(
             str(record.cancelled), f"cannot be written ({error.strerror}), and without it the run may be requeued",
@@ -143,7 +147,7 @@ def end_local(last: Submission, console: Console, *, now: bool) -> None:
 
 def lives(submission: Submission) -> bool:
     """Whether a local job's process runs."""
-    return process_lives(submission.job, submission.submitted + START_SECONDS)
+    return process_lives(submission.job, submission.submitted)
 
 
 def cancel_local(submission: Submission, *, now: bool) -> None:
@@ -174,8 +178,8 @@ def wait(run: Path | None, console: Console, seconds: float, over: Callable[[], 
 
 def tell(run: Path, last: Submission) -> None:
     """What was saved last, and how to go on."""
-    after = gather([run])[0]
-    console = Console()
+    after = gather([Files(run)])[0]
+    console = Console(highlight=False)
     progress = after.progress
     if not after.over:
         console.print(f"{run}: {after.state}, Slurm is still ending it.", markup=False, soft_wrap=True)

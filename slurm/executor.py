@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -143,6 +144,25 @@ def test_only(script: Path) -> str:
     if done.returncode:
         raise refused(said)
     return said
+
+
+def ours_win(settings: LaunchSettings) -> None:
+    """Drops environment variables that would go before the batch script's own options: sbatch takes SBATCH_… for more
+    important than #SBATCH. Those of options that are not set stay, as a site's or user's defaults.
+    """
+    always = ("SBATCH_NO_REQUEUE", "SBATCH_OPEN_MODE", "SBATCH_SIGNAL", "SBATCH_TIMELIMIT", "SBATCH_JOB_NAME")
+    given = {
+        "SBATCH_PARTITION": settings.partition,
+        "SBATCH_ACCOUNT": settings.account,
+        "SBATCH_QOS": settings.qos,
+        "SBATCH_CONSTRAINT": settings.constraint,
+        "SBATCH_RESERVATION": settings.reservation,
+        "SBATCH_EXCLUSIVE": settings.exclusive or None,
+        "SBATCH_GPUS_PER_NODE": settings.gpus_per_node,
+        "SBATCH_MEM_PER_NODE": settings.memory,
+    }
+    for name in (*always, *(name for name, value in given.items() if value is not None)):
+        os.environ.pop(name, None)
 
 
 def submit(executor: submitit.Executor, job: Any) -> submitit.Job[Any]:

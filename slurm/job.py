@@ -10,12 +10,14 @@ import os
 import platform
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from submitit.helpers import DelayedSubmission
 
 from sharding.errors import UserError, UserErrors
@@ -31,18 +33,6 @@ OUTCOME = "outcome.json"  # in the folder of an attempt's reports: how it ended,
 CRASHED = 1
 
 
-class BadNodes(Exception):
-    """Preflight found nodes that no run should use. The same on all ranks.
-
-    Args:
-        nodes: their names, each with what is wrong.
-    """
-
-    def __init__(self, nodes: dict[str, str]) -> None:
-        super().__init__(nodes)
-        self.nodes = nodes
-
-
 @dataclass(frozen=True)
 class TrainingJob:
     """Trains in this process, as the rank that Slurm made it.
@@ -54,8 +44,8 @@ class TrainingJob:
     run: str
 
     def __call__(self) -> str:
-        """Returns how it ended: finished, stopped, bad nodes. Ends the process with a code of its own where the run
-        fails: 2 for a user's mistake, 75 for a run that stood still, 1 for all else.
+        """Returns how it ended: finished or stopped. Ends the process with a code of its own where the run fails: 2 for
+        a user's mistake, 75 for a run that stood still, 1 for all else.
         """
         record = LaunchRecord(Path(self.run))
         launch = record.read_launch()
@@ -69,7 +59,7 @@ class TrainingJob:
                 world = this_world(os.environ)
                 if world.rank == 0:
                     record.add_attempt(begun(record.run, job, restart, world))
-                outcome, nodes = train_here(world, record, launch, stop)
+                outcome = train_here(world, record, launch, stop, reports)
             except (UserError, UserErrors) as error:
                 report_errors(error.errors if isinstance(error, UserErrors) else [error])
                 leave(2)
@@ -79,7 +69,7 @@ class TrainingJob:
                 report_errors([UserError(f"rank {rank} on {platform.node()}", what, "Its log has the traceback.")])
                 leave(CRASHED)
         if world.rank == 0:
-            write_outcome(reports, outcome, nodes)
+            write_outcome(reports, outcome)
         atexit.register(leave, 0)  # interpreter shutdown after gloo now and then aborts although all work is done
         return outcome
 
@@ -88,8 +78,8 @@ class TrainingJob:
         return DelayedSubmission(self)
 
 
-def train_here(world: World, record: LaunchRecord, launch: Launch, stop: StopFlag) -> tuple[str, dict[str, str]]:
-    """Preflight and training in this rank. Returns the outcome, and bad nodes."""
+def train_here(world: World, record: LaunchRecord, launch: Launch, stop: StopFlag, reports: Path) -> str:
+    """Preflight and training in this rank. Returns the outcome."""
     from sharding.ops import prepare_ops  # noqa: PLC0415  all below need torch: the signal handler stands first
 
     prepare_ops(print if world.rank == 0 else lambda text: None)  # before anything imports DeepSpeed
@@ -99,36 +89,51 @@ def train_here(world: World, record: LaunchRecord, launch: Launch, stop: StopFla
 
     run = RunDirectory(record.run)
     resume = run.recipe.is_file()
-    outcome, nodes = "finished", {}
-
-    def examine(recipe: Any) -> None:
-        if launch.settings.preflight:
-            examine_nodes(recipe, run)
-
-    try:
-        code = run_training(
-            world,
-            record.recipe,
-            [],
-            run,
-            fresh=False,
-            resume=resume,
-            accept_other_base=launch.accept_other_base,
-            stop=stop,
-            examine=examine,
-        )
-        outcome = "stopped" if code == INTERRUPTED else "finished"
-    except BadNodes as found:
-        outcome, nodes = "bad nodes", found.nodes
+    code = run_training(
+        world,
+        record.recipe,
+        [],
+        run,
+        fresh=False,
+        resume=resume,
+        accept_other_base=launch.accept_other_base,
+        stop=stop,
+        examine=(lambda recipe: examine_nodes(recipe, run, reports)) if launch.settings.preflight else None,
+    )
     import torch.distributed as dist  # noqa: PLC0415
 
     dist.barrier()  # a rank that ends while others still save would have them killed
     worlds.leave()
-    return outcome, nodes
+    return "stopped" if code == INTERRUPTED else "finished"
 
 
-def examine_nodes(recipe: Any, run: Any) -> None:
-    """Preflight; see `slurm.preflight`."""
+def examine_nodes(recipe: Any, run: Any, reports: Path) -> None:
+    """Preflight, before anything is loaded (collective). Ends the process if nodes are bad, or a rank hangs or is gone.
+
+    Raises:
+        UserErrors: what a user must mend; empty on all ranks but one.
+    """
+    import torch.distributed as dist  # noqa: PLC0415
+
+    from slurm.preflight import preflight  # noqa: PLC0415
+    from slurm.preflight_table import preflight_table  # noqa: PLC0415
+
+    found = preflight(recipe, run)
+    speaker = next(rank for rank in range(dist.get_world_size()) if rank not in found.silent)
+    if dist.get_rank() == speaker:
+        Console(width=120).print(preflight_table(found))
+    if found.good:
+        return
+    if found.bad_nodes:
+        nodes = {one.node: f"{one.check}: {one.problem}" for one in found.findings if one.severity == "bad node"}
+        if dist.get_rank() == speaker:
+            write_outcome(reports, "bad nodes", nodes)
+        else:  # the first rank that ends has the others killed
+            deadline = time.monotonic() + 20
+            while not (reports / OUTCOME).exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
+        leave(CRASHED)
+    raise UserErrors(found.errors() if dist.get_rank() == speaker else [])
 
 
 def this_world(environment: Mapping[str, str]) -> World:
@@ -137,6 +142,8 @@ def this_world(environment: Mapping[str, str]) -> World:
     Raises:
         UserError: a variable of srun is missing.
     """
+    # Torch alone would take all cores of the node, in every rank of it.
+    os.environ.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
     world = read_world(environment)
     if world is None:
         return World(0, 1, 0, "127.0.0.1", free_port())
@@ -154,7 +161,6 @@ def this_world(environment: Mapping[str, str]) -> World:
     if interface is not None:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, interface)
-    os.environ.setdefault("OMP_NUM_THREADS", environment.get("SLURM_CPUS_PER_TASK", "1"))
     return World(world.rank, world.size, world.local_rank, address, world.master_port)
 
 
@@ -192,10 +198,10 @@ def identity(environment: Mapping[str, str]) -> tuple[str, int]:
 
 def begun(run: Path, job: str, restart: int, world: World) -> Attempt:
     """The attempt that starts now."""
-    from time import time  # noqa: PLC0415
-
     nodes = expand(os.environ.get("SLURM_JOB_NODELIST", "")) or [platform.node()]
-    return Attempt(job=job, restart=restart, started=time(), nodes=nodes, ranks=world.size, first_step=saved_step(run))
+    return Attempt(
+        job=job, restart=restart, started=time.time(), nodes=nodes, ranks=world.size, first_step=saved_step(run)
+    )
 
 
 def saved_step(run: Path) -> int:
@@ -206,10 +212,10 @@ def saved_step(run: Path) -> int:
         return 0
 
 
-def write_outcome(reports: Path, outcome: str, nodes: dict[str, str]) -> None:
-    """Rank 0's word on how the attempt ended, whole or not at all."""
+def write_outcome(reports: Path, outcome: str, nodes: Mapping[str, str] | None = None) -> None:
+    """How the attempt ended, and bad nodes with what is wrong with them; whole or not at all."""
     temporary = reports / (OUTCOME + ".new")
-    temporary.write_text(json.dumps({"outcome": outcome, "nodes": nodes}))
+    temporary.write_text(json.dumps({"outcome": outcome, "nodes": dict(nodes or {})}))
     temporary.replace(reports / OUTCOME)
 
 

@@ -10,14 +10,14 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import submitit
 
-from sharding.errors import UserError, UserErrors
-from sharding.launch import report_errors, run_local
+from sharding.errors import UserError
+from sharding.launch import run_ranks
 from slurm.aftermath import outcome_of
 from slurm.ask import ask
 from slurm.chain import ChainJob
@@ -62,7 +62,9 @@ class LocalJob:
                 job=job, restart=restart, started=time.time(), nodes=[platform.node()], ranks=settings.ranks,
                 first_step=saved_step(record.run),
             )  # fmt: skip
-            code = self.attempt(record, begun)
+            code, _ = run_ranks(
+                [sys.executable, "-m", "slurm.job", self.run], settings.ranks, record.reports(job, restart)
+            )
             ended = outcome_of(record, begun, code, errors="")
             attempts.append(ended)
             # Nobody but the user stops a local run.
@@ -71,15 +73,6 @@ class LocalJob:
             print(f"dist-train: {decision.action}: {decision.reason}", file=sys.stderr, flush=True)
             if decision.action != "requeue":
                 return 0 if decision.action == "done" else code or 1
-
-    def attempt(self, record: LaunchRecord, attempt: Attempt) -> int:
-        """All ranks once. Returns the exit code of the one that failed first."""
-        command = [sys.executable, "-m", "slurm.job", self.run]
-        try:
-            return run_local(command, attempt.ranks, record.reports(attempt.job, attempt.restart))
-        except (UserError, UserErrors) as error:
-            report_errors(error.errors if isinstance(error, UserErrors) else [error])
-            return 2
 
 
 def start_local(record: LaunchRecord, folder: Path) -> str:
@@ -92,7 +85,7 @@ def start_local(record: LaunchRecord, folder: Path) -> str:
     # In a session of its own: neither Ctrl-C nor the end of the terminal reaches it.
     done = subprocess.run(
         command,
-        env=frozen(record.code),
+        env=frozen(record.code, record.read_launch().settings.environment),
         start_new_session=True,
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -128,11 +121,11 @@ def submit_local(run: str, folder: Path, gpus: Sequence[int]) -> submitit.Job[in
     return executor.submit(LocalJob(run))
 
 
-def frozen(code: Path) -> dict[str, str]:
-    """This process's environment, in which Python takes the packages from `code`."""
-    before = os.environ.get("PYTHONPATH")
-    path = f"{code}{os.pathsep}{before}" if before else str(code)
-    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+def frozen(code: Path, environment: Mapping[str, str]) -> dict[str, str]:
+    """What a batch script would export: the launch file's variables; Python takes the packages from the frozen code."""
+    variables = {**os.environ, **environment}
+    paths = [str(code), *filter(None, [variables.get("PYTHONPATH")])]
+    return {**variables, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
 def visible_gpus() -> list[int]:

@@ -23,6 +23,8 @@ def job_logs(record: LaunchRecord, job: str, last: Attempt | None) -> dict[int, 
     Args:
         last: its last attempt: a local job's ranks but the first write to files of each attempt.
     """
+    if not JOB.fullmatch(job):
+        return {}
     folder = job_folder(record, job)
     found = {} if folder is None else by_rank(folder, rf"{job}_([0-9]{{1,9}})_log\.(?:err|out)")
     local = {} if last is None else by_rank(record.reports(last.job, last.restart), r"rank_([0-9]{1,9})\.log")

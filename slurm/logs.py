@@ -119,7 +119,7 @@ def nothing(files: Files, rank: int | None) -> tuple[str, str]:
         )
     if there:
         return f"has no output of rank {rank} of job {plain(last.job)}", ranks
-    found = gather([files.run])[0]
+    found = gather([files])[0]
     why = f" ({found.why})" if found.why else ""
     return f"has no output yet: job {plain(last.job)} is {found.state}{why}", "--follow waits for it."
 
@@ -141,7 +141,7 @@ def following(
         while True:
             if time.monotonic() - asked > ASK:
                 files = Files(files.run)
-                found = gather([files.run])[0]
+                found = gather([files])[0]
                 asked, over = time.monotonic(), found.over
                 if found.state != state:
                     state = found.state
@@ -174,8 +174,9 @@ def reports_of(files: Files, rank: int | None) -> Iterator[str]:
         if errors:
             which = f"attempt {attempts[count - 1].job}.{attempts[count - 1].restart}: " if count else ""
             for one in errors:
-                who = "the job" if one.rank is None else f"rank {one.rank}"
-                yield plain(f"{which}{who}{f' on {one.node}' if one.node else ''}") + f": {one.error}"
+                who = one.node or "the job" if one.rank is None else f"rank {one.rank}"
+                who += f" on {one.node}" if one.node and one.rank is not None else ""
+                yield f"{plain(which + who)}: {one.error.removeprefix(f'{who}: ')}"
             return
 
 

@@ -22,6 +22,7 @@ from sharding.plain_yaml import check_yaml
 MOST_HEARTBEAT = 1 << 24  # bytes; 10,000 ranks write 2 MB
 MOST_METRICS = 1 << 21  # bytes looked at, from the end: about 2000 steps
 PACE_STEPS = 50  # over which the pace is taken
+CLOCK = 2.0  # seconds by which the time when a process began may be wrong
 SILENT = 60.0  # seconds without a heartbeat, which comes every 5 s at the latest
 LEFT_OUT = "It is left out."
 SAVED = re.compile(r"step_([0-9]{8,18})")
@@ -77,6 +78,8 @@ class Progress(BaseModel):
     """The recipe wants heartbeats."""
     saved_step: int | None = None
     saved: float | None = None
+    begun: float | None = None
+    """When it was started, or resumed: recipe.yaml was written."""
     finished: float | None = None
     """When summary.json was written."""
 
@@ -91,7 +94,7 @@ def process_lives(pid: str, told: float) -> bool:
         return False
     try:
         process = psutil.Process(int(pid))
-        return process.create_time() <= told + 1 and process.status() != psutil.STATUS_ZOMBIE
+        return process.create_time() <= told + CLOCK and process.status() != psutil.STATUS_ZOMBIE
     except (psutil.Error, ValueError, OverflowError):
         return False
 
@@ -99,7 +102,7 @@ def process_lives(pid: str, told: float) -> bool:
 def read_progress(directory: Path, notes: list[str]) -> Progress:
     """What a run directory tells of its run. What is damaged is left out and named in `notes`."""
     run, found = RunDirectory(directory), Progress()
-    found.finished = modified(run.summary)
+    found.finished, found.begun = modified(run.summary), modified(run.recipe) or modified(run.logs)
     read_recipe(run.recipe, found, notes)
     read_metrics(run.metrics, found, notes)
     read_heartbeat(run.logs / "heartbeat.json", found, notes)
@@ -209,11 +212,14 @@ def whole(value: Any) -> int | None:
 
 def ago(when: float, now: float | None = None) -> str:
     """How long ago, in words."""
-    return f"{lasting(max((time.time() if now is None else now) - when, 0))} ago"
+    passed = (time.time() if now is None else now) - when
+    return f"{lasting(passed)} ago" if passed >= 1 else "just now"
 
 
 def lasting(seconds: float) -> str:
     """A length of time, in words, to two units."""
+    if not 0 <= seconds < 1e12:  # foreign files may hold any number
+        return "a while"
     seconds = int(seconds)
     for big, small, size, part in (("d", "h", 86400, 3600), ("h", "min", 3600, 60), ("min", "s", 60, 1)):
         if seconds >= size:

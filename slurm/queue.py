@@ -71,8 +71,9 @@ def job_states(jobs: Iterable[str], seconds: float = SECONDS) -> dict[str, JobSt
         return states
     command = ["squeue", "--noheader", "--array", "--jobs", ",".join(asked), "--states", "all"]
     found, text = ask([*command, "--format", "%i|%T|%r|%N|%S|%e"], seconds)
+    told = f"squeue: {text.removeprefix('squeue: ')}"
     if not found and not any(word in text for word in GONE):
-        return states | {job: JobState("UNKNOWN", f"squeue: {text}", answered=False) for job in asked}
+        return states | {job: JobState("UNKNOWN", told, answered=False) for job in asked}
     rows = [line.split("|") for line in text.splitlines()] if found else []
     # A job that other jobs wait for, or a plug-in that talks, may add lines; the last of a job counts.
     known = {}

@@ -14,8 +14,11 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from sharding.errors import UserError
+from sharding.files import read_bounded
 from slurm.settings import LaunchSettings
 
+OWN = "Put the run's own file back."
+MOST_ROWS = 1 << 26  # bytes; an attempt on 1000 nodes writes 20 kB
 Record = TypeVar("Record", bound=BaseModel)
 Outcome = Literal["finished", "stopped", "failed", "hung", "bad nodes", "refused", "lost"]
 
@@ -205,13 +208,22 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def rows(path: Path) -> Iterator[Any]:
-    """The lines of a file as JSON; a line cut by a power failure is left out."""
-    if path.is_file():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError):
-                continue
+    """The lines of a file as JSON; a line cut by a power failure is left out.
+
+    Raises:
+        UserError: it cannot be read, is no regular file, or larger than any of ours.
+    """
+    try:
+        text = read_bounded(path, MOST_ROWS, OWN).decode(errors="replace")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(str(path), f"cannot be read ({error.strerror})", OWN) from None
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except (ValueError, RecursionError):
+            continue
 
 
 def parse(kind: type[Record], row: Any, path: Path) -> Record:

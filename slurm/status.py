@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -18,14 +18,13 @@ from sharding.errors import UserError, plain
 from sharding.files import MOST_YAML
 from slurm.log_files import job_folder, job_logs, reports, run_logs
 from slurm.progress import Progress, modified, process_lives, read, read_progress
-from slurm.queue import JobState, job_states
+from slurm.queue import JOB, JobState, job_states
 from slurm.record import Attempt, Followed, LaunchRecord, Record, Submission, parse, rows
 from slurm.verdict import OVER, Case, State, moment, verdict
 
 ASK_SECONDS = 5.0  # given to squeue, and to sacct
 MARKS = ("slurm", "recipe.yaml", "metrics.jsonl", "summary.json", "logs")  # one of them makes a run directory
 FILES_TELL = ": shown is what the files tell."
-START_SECONDS = 60.0  # between the start of a local job's process and its record
 
 
 class RankError(BaseModel):
@@ -115,8 +114,8 @@ class Files:
                     yield parse(kind, row, path)
                 except UserError as error:
                     self.notes.append(str(error))
-        except OSError as error:
-            self.notes.append(f"{path}: cannot be read ({error.strerror}).")
+        except UserError as error:
+            self.notes.append(str(error))
 
     @property
     def submission(self) -> Submission | None:
@@ -137,13 +136,9 @@ class Files:
         return [last.job, *(link.job for link in last.chain)]
 
 
-def gather(runs: Sequence[Path]) -> list[RunStatus]:
-    """The status of each run, Slurm asked once for all.
-
-    Raises:
-        UserError: one of them is no run directory.
-    """
-    every = [Files(run) for run in runs]
+def gather(runs: Iterable[Files]) -> list[RunStatus]:
+    """The status of each run, Slurm asked once for all."""
+    every = list(runs)
     jobs = [job for files in every for job in files.jobs]
     states = job_states(jobs, ASK_SECONDS) if jobs else {}
     return [status_of(files, states) for files in every]
@@ -156,14 +151,15 @@ def status_of(files: Files, states: dict[str, JobState], now: float | None = Non
         states: what Slurm says of its jobs.
     """
     now = time.time() if now is None else now
-    last, progress, notes = files.submission, files.progress, files.notes
+    last, progress = files.submission, files.progress
     job = None if last is None else states[last.job] if last.cluster == "slurm" else local_state(last)
     mine = [attempt for attempt in files.attempts if last is not None and attempt.job == last.job]
     errors = rank_errors(files, mine)
     case = Case(last, job, mine, progress, files.cancelled, now, [one.error for one in errors])
     state, why = verdict(case)
     attempts = [closed(one, case) for one in files.attempts]
-    found = RunStatus(run=files.run, state=state, why=plain(why), progress=progress, attempts=attempts, notes=notes)
+    found = RunStatus(run=files.run, state=state, why=plain(why), progress=progress, attempts=attempts)
+    found.notes = notes = files.notes.copy()
     if state in ("pending", "starting", "running", "saving", "finished") and not any(one.failures for one in mine[-1:]):
         errors = []
     found.errors = errors
@@ -171,9 +167,9 @@ def status_of(files: Files, states: dict[str, JobState], now: float | None = Non
         found.cluster, found.job, found.slurm = last.cluster, last.job, job
         found.chain = chained(files, last, states, job)
         if not job.answered:
-            asked = f"Slurm tells nothing of job {last.job} ({job.reason})"
+            asked = f"Slurm tells nothing of job {last.job[:30]} ({job.reason})"
             notes.append(plain(asked if last.cluster == "slurm" else f"The job {job.reason}") + FILES_TELL)
-        if case.running and last.cluster == "slurm":
+        if case.running and job.state != "COMPLETING" and last.cluster == "slurm":
             found.limit = moment(job.end)
             if found.limit is not None and files.cancelled is None:
                 found.saves = found.limit - last.settings.signal_seconds
@@ -203,7 +199,7 @@ def local_state(submission: Submission) -> JobState:
     """Whether the process that controls a job on one machine runs."""
     if submission.host != platform.node():
         return JobState("UNKNOWN", f"runs on {plain(submission.host)}, if at all", answered=False)
-    lives = process_lives(submission.job, submission.submitted + START_SECONDS)
+    lives = process_lives(submission.job, submission.submitted)
     return JobState("RUNNING" if lives else "ENDED", nodes=submission.host)
 
 
@@ -223,6 +219,8 @@ def rank_errors(files: Files, attempts: list[Attempt]) -> list[RankError]:
         place = files.run / "logs"
         return [one for rank in reports(place) for one in reported(place, rank, None, logs.get(rank))]
     last = attempts[-1]
+    if not JOB.fullmatch(last.job):
+        return []
     logs, place = job_logs(files.record, last.job, last), files.record.reports(last.job, last.restart)
     found = [
         RankError(
@@ -277,7 +275,7 @@ def advice(status: RunStatus, last: Submission | None) -> Iterator[Advice]:
         yield Advice(command=ours("report", run), what="figures of the run on one page")
         yield Advice(command=ours("evaluate", run), what="predictions and scores of the best checkpoint")
     elif status.over:
-        if last is not None or status.state == "failed":
+        if status.state == "failed":
             yield Advice(command=ours("logs", run, "--errors"), what="what every rank reported")
         yield Advice(command=resume(status, last), what="goes on from the last checkpoint")
     elif last is not None:
@@ -287,7 +285,7 @@ def advice(status: RunStatus, last: Submission | None) -> Iterator[Advice]:
     elif status.progress.places and status.progress.places[0].lives(status.progress.heard or 0):
         pid = status.progress.places[0].process.rpartition(":")[2]
         yield Advice(command=f"kill -TERM {pid}", what="saves and ends it")
-    else:
+    elif status.state != "starting":
         yield Advice(command=resume(status, None), what="goes on from the last checkpoint, if it has ended")
 
 

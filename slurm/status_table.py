@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
@@ -16,15 +15,17 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from sharding.errors import UserError, plain
+from sharding.errors import UserError, UserErrors, plain
 from sharding.launch import INTERRUPTED
 from slurm.progress import ago, lasting
 from slurm.record import Attempt
-from slurm.status import RankError, RunStatus, gather
+from slurm.status import Files, RankError, RunStatus, gather
 from slurm.words import how_ended, why_waiting
 
 REFRESH = 5.0  # seconds; more would burden a busy controller
 SHOWN = 8  # attempts, and errors; --json has all
+LONGEST = 160  # letters of what followed an attempt
+FEW = 4  # nodes that are all named
 COLOURS = {
     **dict.fromkeys(("running", "saving", "finished"), "green"),
     **dict.fromkeys(("pending", "starting", "requeued", "suspended", "stopped", "cancelled", "unknown"), "yellow"),
@@ -41,14 +42,29 @@ def show(runs: Sequence[Path], *, as_json: bool, watch: bool) -> int:
     if as_json and watch:
         raise UserError("--watch", "shows a screen, and --json prints data", "Give one of them.")
     if as_json:
-        sys.stdout.buffer.write(TypeAdapter(list[RunStatus]).dump_json(gather(runs), indent=1) + b"\n")
+        print(TypeAdapter(list[RunStatus]).dump_json(gather(map(Files, runs)), indent=1).decode())
         return 0
     if watch:
         return follow(runs)
     console = Console()
-    for part in screen(gather(runs)):
+    found, errors = look(runs)
+    for part in screen(found):
         console.print(part, soft_wrap=isinstance(part, Text))  # commands and paths are to be copied
+    if errors:
+        raise UserErrors(errors)
     return 0
+
+
+def look(runs: Sequence[Path]) -> tuple[list[RunStatus], list[UserError]]:
+    """The status of those that are run directories, and what is wrong with the others."""
+    every: list[Files] = []
+    errors: list[UserError] = []
+    for run in runs:
+        try:
+            every.append(Files(run))
+        except UserError as error:
+            errors.append(error)
+    return gather(every), errors
 
 
 def follow(runs: Sequence[Path], *, sleep: Callable[[float], Any] = time.sleep) -> int:
@@ -57,7 +73,7 @@ def follow(runs: Sequence[Path], *, sleep: Callable[[float], Any] = time.sleep) 
     try:
         with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
             while True:
-                found = gather(runs)
+                found = gather(map(Files, runs))
                 live.update(Group(*screen(found)), refresh=True)
                 if all(status.over for status in found):
                     return 0
@@ -68,7 +84,7 @@ def follow(runs: Sequence[Path], *, sleep: Callable[[float], Any] = time.sleep) 
 
 def screen(found: Sequence[RunStatus]) -> list[RenderableType]:
     """What is shown, from top to bottom."""
-    return one(found[0]) if len(found) == 1 else several(found)
+    return one(found[0]) if len(found) == 1 else several(found) if found else []
 
 
 def several(found: Sequence[RunStatus]) -> list[RenderableType]:
@@ -82,7 +98,7 @@ def several(found: Sequence[RunStatus]) -> list[RenderableType]:
             Text(plain(str(status.run))),
             Text(plain(status.job or "–")),
             coloured(status.state),
-            steps(status),
+            f"{progress.step}/{progress.total_steps or '?'}" if progress.step is not None else "",
             shown(progress.loss, ".3f"),
             shown(progress.clips_per_second, ".1f") if not status.over else "",
             left(status),
@@ -106,7 +122,8 @@ def one(status: RunStatus) -> list[RenderableType]:
     facts = Table.grid(padding=(0, 2))
     for name, value in rows(status):
         facts.add_row(Text(name, "dim"), value)
-    parts.append(facts)
+    if facts.row_count:
+        parts.append(facts)
     if status.attempts:
         parts += [Text(), history(status.attempts)]
     if status.errors:
@@ -117,7 +134,8 @@ def one(status: RunStatus) -> list[RenderableType]:
                   for link in status.chain]  # fmt: skip
     if status.logs:
         parts += [Text(), Text("Logs", "bold"), *(Text(f"  {plain(str(place))}") for place in status.logs)]
-    parts += [Text(), Text("Next", "bold")]
+    if status.next:
+        parts += [Text(), Text("Next", "bold")]
     parts += [Text.assemble("  ", (advice.command, "cyan"), (f"   # {advice.what}", "dim")) for advice in status.next]
     return parts
 
@@ -142,7 +160,7 @@ def rows(status: RunStatus) -> Iterable[tuple[str, RenderableType]]:
     if any(pace):
         yield "pace", Text(", ".join(filter(None, pace)))
     if status.training_ends is not None:
-        yield "trained", Text(f"in {left(status)}, {clock(status.training_ends)}, at the latest")
+        yield "trained", Text(f"in {left(status)}, about {clock(status.training_ends)}")
     if status.limit is not None:
         yield "time limit", Text(limit(status))
     if progress.saved_step is not None:
@@ -169,34 +187,39 @@ def history(attempts: Sequence[Attempt]) -> Table:
         table.add_row("…", f"{len(attempts) - SHOWN} earlier")
     for attempt in attempts[-SHOWN:]:
         made = "" if attempt.last_step is None else f"{attempt.first_step}–{attempt.last_step}"
-        then = (
-            f"{attempt.decision}: {attempt.reason}" if attempt.reason and attempt.decision else attempt.decision or ""
-        )
+        reason = "" if attempt.reason == attempt.outcome else attempt.reason
+        then = ": ".join(filter(None, (attempt.decision, reason)))
         if attempt.excluded:
             then += f" (without {', '.join(attempt.excluded)})"
         table.add_row(
             Text(plain(f"{attempt.job}.{attempt.restart}")),
             clock(attempt.started),
-            Text(plain(", ".join(attempt.nodes))),
+            Text(plain(some(attempt.nodes))),
             str(attempt.ranks),
             made or f"{attempt.first_step}–",
             Text(attempt.outcome or "running", "red" if attempt.outcome in ("failed", "lost", "hung") else ""),
-            Text(plain(then)),
+            Text(plain(then if len(then) <= LONGEST else f"{then[:LONGEST]}…")),
         )
     return table
+
+
+def some(names: Sequence[str]) -> str:
+    """Names, of many the first and the last."""
+    return ", ".join(names) if len(names) <= FEW else f"{names[0]}, {names[1]}, … {names[-1]} ({len(names)})"
 
 
 def told(errors: Sequence[RankError]) -> Iterable[Text]:
     """Errors, those that several ranks share once."""
     shared: dict[str, list[RankError]] = {}
     for error in errors:
-        shared.setdefault(error.error, []).append(error)
+        own = f"rank {error.rank} on {error.node}: "  # as ranks begin their reports
+        shared.setdefault(error.error.removeprefix(own), []).append(error)
     for text, same in list(shared.items())[:SHOWN]:
         ranks = [str(one.rank) for one in same if one.rank is not None]
         nodes = dict.fromkeys(one.node for one in same if one.node)
-        who = f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)}" if ranks else "the job"
-        where = f" on {', '.join(nodes)}" if nodes else ""
-        yield Text(f"  {plain(who + where)}: {text}", "red")
+        who = f"rank{'s' if len(ranks) > 1 else ''} {spans(ranks)}" if ranks else "" if nodes else "the job"
+        who += f"{' on ' if who else ''}{some(list(nodes))}" if nodes else ""
+        yield Text(f"  {plain(who)}: {text}", "red")
         log = next((one.log for one in same if one.log), None)
         if log is not None:
             yield Text(f"    {plain(str(log))}", "dim")

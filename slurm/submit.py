@@ -21,13 +21,13 @@ from slurm.ask import ask
 from slurm.chain import Link, check_chain, executor_of, read_chain, submit_chain
 from slurm.check import check_cluster, check_place, node_groups
 from slurm.check_recipe import check_memory, check_recipe, hardware_named
-from slurm.executor import script_of, slurm_executor, submit, test_only
+from slurm.executor import ours_win, script_of, slurm_executor, submit, test_only
 from slurm.freeze import freeze
 from slurm.job import TrainingJob
 from slurm.local import start_local, visible_gpus
 from slurm.record import ChainLink, Launch, LaunchRecord, Submission
 from slurm.settings import LaunchSettings
-from slurm.status import gather
+from slurm.status import Files, gather
 
 Cluster = Literal["slurm", "local"]
 LIVE = ("pending", "starting", "running", "saving", "requeued", "suspended")  # states of a run with a job
@@ -219,6 +219,7 @@ def queue(
     if request.cluster == "slurm":
         executor = training_executor(request, record, folder)
         record.script.write_text(script_of(executor))
+        ours_win(request.settings)
         say(test_only(record.script))
         check_chain(links, record, request.settings, folder, name)
         job = submit(executor, TrainingJob(str(record.run))).job_id
@@ -251,7 +252,7 @@ def open_run(run: RunDirectory) -> None:
     """
     if not LaunchRecord(run.path).recipe.is_file():
         run.open()
-    found = gather([run.path])[0]
+    found = gather([Files(run.path)])[0]
     if found.state in LIVE:
         who = f"job {found.job}" if found.job else "a process"
         remedy = "See dist-train status; dist-train cancel has it save and end."

@@ -23,7 +23,7 @@ from slurm.grid import Point, read_grid
 from slurm.local import frozen
 from slurm.record import Launch, LaunchRecord, Submission
 from slurm.settings import LaunchSettings
-from slurm.status import gather
+from slurm.status import Files, gather
 from slurm.submit import LIVE, Cluster, check_where, gpu_types
 from slurm.sweep_record import PoolProcess, Sweep, SweepRecord
 
@@ -202,7 +202,9 @@ def choose(record: SweepRecord, checked: Sequence[Checked], say: Callable[[str],
         remedy = f"Wait for it, or end it and its runs: kill {pool.process}."
         raise UserError(str(record.directory), f"is at work already (process {pool.process})", remedy)
     there = [one for one in checked if record.run(one.point).path.exists()]
-    states = {one.point.name: status.state for one, status in zip(there, gather(runs(record, there)), strict=True)}
+    states = {
+        one.point.name: status.state for one, status in zip(there, gather(map(Files, runs(record, there))), strict=True)
+    }
     todo, finished, live = [], [], []
     errors: list[UserError] = []
     for one in checked:
@@ -329,7 +331,7 @@ def start_pool(record: SweepRecord, code: Path, points: list[str], command: str)
     with record.pool_log.open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "slurm.pool", str(record.directory)],
-            env=frozen(code),
+            env=frozen(code, {}),
             start_new_session=True,
             stdin=subprocess.DEVNULL,
             stdout=log,

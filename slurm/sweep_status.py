@@ -19,7 +19,7 @@ from dist_train.run_directory import RunDirectory
 from sharding.errors import plain
 from sharding.launch import INTERRUPTED
 from slurm.grid import Point
-from slurm.status import RunStatus, gather
+from slurm.status import Files, RunStatus, gather
 from slurm.status_table import COLOURS, left, shown
 from slurm.sweep_record import PoolProcess, Sweep, SweepRecord
 
@@ -79,7 +79,9 @@ class Look:
         pool = self.record.read_pool()
         awaited = set(pool.points) if pool is not None and pool.lives else set()
         there = [one for one in self.sweep.points if one.name not in self.over and self.record.run(one).recipe.exists()]
-        found = dict(zip((one.name for one in there), gather([self.record.run(one).run for one in there]), strict=True))
+        found = dict(
+            zip((one.name for one in there), gather(Files(self.record.run(one).run) for one in there), strict=True)
+        )
         seen = []
         for point in self.sweep.points:
             waits = pool is not None and point.name in awaited and not self.begun(point, pool)

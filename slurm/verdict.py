@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
-from slurm.progress import Progress, ago
+from slurm.progress import SILENT, Progress, ago, lasting
 from slurm.queue import JobState
 from slurm.record import Attempt, Submission
 from slurm.words import how_ended, why_waiting
@@ -103,8 +103,10 @@ def live(case: Case, job: JobState) -> tuple[State, str]:
     attempt = case.current
     if job.state in ("SUSPENDED", "STOPPED"):
         found: tuple[State, str] = "suspended", "Slurm has suspended the job"
+    elif attempt is None and job.state == "COMPLETING" and case.attempts:
+        found = "requeued", f"{told(case.attempts[-1])}; Slurm is ending the attempt"
     elif attempt is None:
-        prepared = "its nodes are being prepared" if job.state == "CONFIGURING" else "the ranks start"
+        prepared = "its nodes are being prepared" if job.state == "CONFIGURING" else "its ranks start"
         found = "starting", prepared
     elif attempt.decision in ("stop", "done"):
         found = ended(case, job)
@@ -121,14 +123,18 @@ def by_phase(case: Case) -> tuple[State, str]:
     """The ranks run."""
     progress = case.progress
     if not case.heard:
-        silent = f"nothing was heard of the ranks since {ago(progress.heard, case.now)}" if progress.heard else ""
+        silent = f"nothing was heard of the ranks for {lasting(case.now - progress.heard)}" if progress.heard else ""
         first = case.attempts[-1].first_step if case.attempts else 0
         stepped = progress.step is not None and progress.step > first
-        return ("running", silent if progress.watched else "") if stepped else ("starting", "the ranks load")
+        return (
+            ("running", silent if progress.watched else "")
+            if stepped
+            else ("starting", "its nodes are looked at, and its ranks load")
+        )
     if progress.phase == "saving":
         return "saving", ""
     if progress.phase == "loading":
-        return "starting", "the ranks load"
+        return "starting", "its ranks load"
     behind = max(progress.places, key=lambda place: place.idle)
     if behind.idle > 60:
         return "running", f"rank {progress.places.index(behind)} began nothing new for {int(behind.idle)} s"
@@ -207,16 +213,21 @@ def without_heartbeat(case: Case) -> tuple[State, str]:
         return "finished", ""
     if case.errors:
         return "failed", case.errors[0]
+    if progress.begun is not None and case.now - progress.begun < SILENT and progress.begun > (progress.logged or 0):
+        return "starting", f"it began {ago(progress.begun, case.now)}, and no rank was heard of yet"
     pace = max(60.0, 5 * (progress.step_seconds or 0))
     if not progress.watched and progress.logged is not None and case.now - progress.logged < pace:
         return "running", f"as it seems: it has no watchdog, and logged a step {ago(progress.logged, case.now)}"
     if progress.step is None:
-        return "unknown", "it has made no step yet, and no rank tells that it lives: it has just begun, or never did"
+        return "stopped", "it ended before its first step"
     return "stopped", "it ended before it was finished"
 
 
 def told(attempt: Attempt) -> str:
     """What an attempt told at its end."""
-    failure = attempt.failures[0].error if attempt.failures else ""
+    cause = attempt.failures[0] if attempt.failures else None
+    if cause is not None and cause.rank is not None and attempt.reason in ("", cause.error):
+        who = f"rank {cause.rank} on {cause.node}" if cause.node else f"rank {cause.rank}"
+        return f"{who}: {cause.error.removeprefix(f'{who}: ')}".rstrip(".")
     lost = "the attempt told no end, as when a node is lost"
-    return (attempt.reason or failure or (lost if attempt.outcome in (None, "lost") else attempt.outcome)).rstrip(".")
+    return (attempt.reason or (lost if attempt.outcome in (None, "lost") else attempt.outcome)).rstrip(".")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sharding.launch import HUNG, INTERRUPTED
-from slurm.status import RunStatus, gather
+from slurm.status import Files, RunStatus, gather
 
 POLL = 5.0  # seconds
 LIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED")
@@ -21,7 +21,7 @@ def wait_for(run: Path, say: Callable[[str], None]) -> int:
     told: list[str] = []
     try:
         while True:
-            status = gather([run])[0]
+            status = gather([Files(run)])[0]
             following = any(link.state in LIVE for link in status.chain)
             now = [": ".join(filter(None, (status.state, status.why)))]
             now += [f"{link.command}: {link.state.lower()}" for link in status.chain if status.over]

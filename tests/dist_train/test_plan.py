@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from dist_train.build import build_collator, build_model, fit_to_dataset, open_split, prepare_tokenizer
 from dist_train.cli import app
 from dist_train.global_loss import pack
-from dist_train.plan import Plan, Planner, plan_as_is
+from dist_train.plan import Plan, Planner, plan_as_is, predict_epoch
 from dist_train.plan_corpus import corpus_of, load_of
 from dist_train.plan_model import Clip, build_hollow, hollow_batch, trace_step
 from dist_train.plan_pretrained import KNOWN, Sizes, without_weights
@@ -248,6 +248,40 @@ def test_ranks_with_fewer_clips_exchange_as_many_rows(corpus: Path, tokenizer: P
     plain, padded = (planner.predict(clips, gathered=rows).wire_bytes["all_gather"] for rows in (None, 5))
     row = planner.trace(clips[0], 12, zero3=False).row_bytes
     assert padded - plain == 4 * 2 * row > 0
+
+
+def test_the_rank_with_the_longest_answer_may_be_the_slowest(corpus: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Decoding goes token by token: one long clip takes longer than many short ones that are more to compute."""
+    recipe = tiny.recipe(
+        corpus,
+        data={"batch": 12, "budget": {"audio_seconds": 9}},
+        simulation={"rollout": "generate", "max_new_tokens": 200},
+    )
+    recipe, lengths = corpus_of(recipe)
+    load = load_of(recipe, lengths, 4)
+    planner = Planner(recipe, tokenizer, H100, 1, 4)
+    found = predict_epoch(planner, load).seconds["step"]
+    each = [
+        planner.predict([load.worst], typical=one, gathered=load.gathered, of=12)
+        for one in (load.typical, load.longest)
+    ]
+    assert found == max(one.seconds["step"] for one in each)
+    assert max(clip.answer for clip in load.longest[0]) >= max(clip.answer for clip in load.typical[0])
+    plain = recipe.model_copy(update={"simulation": recipe.simulation.model_copy(update={"rollout": "prefix"})})
+    without = Planner(plain, tokenizer, H100, 1, 4)
+    assert predict_epoch(without, load).seconds == without.predict(
+        [load.worst], typical=load.typical, gathered=load.gathered, of=12
+    ).seconds  # fmt: skip
+
+
+def test_fillers_are_gathered_but_not_compared(corpus: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    planner = Planner(fit_to_dataset(tiny.recipe(corpus)), tokenizer, CPU, 1, 4)
+    clips = [[Clip(9000, 8, 5, 4)] * 3]
+    padded, real = (planner.predict(clips, gathered=500, of=of) for of in (None, 12))
+    assert padded.wire_bytes == real.wire_bytes
+    assert real.seconds["compute"] < padded.seconds["compute"] and real.peak_bytes < padded.peak_bytes
+    whole = planner.predict(clips)
+    assert real.seconds["compute"] == pytest.approx(whole.seconds["compute"], rel=0.25)
 
 
 def test_offload_moves_state_to_the_host(corpus: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -24,7 +24,7 @@ METRICS = {"mae", "corr", "acc2_nonzero", "acc2_has0", "f1_nonzero", "f1_has0", 
 STEP_KEYS = {
     "kind", "step", "total_steps", "epoch", "samples", "loss", "lr", "grad_norm", "tokens",
     "step_seconds", "data_seconds", "peak_bytes", "clips", "micro_steps", "padding_share", "phases", "flops", "mfu",
-    "measured",
+    "measured", "exchange_seconds", "between_seconds", "world_size",
     "loss/mse_complete", "loss/mse_missing", "loss/mkd1", "loss/mkd2", "loss/rs", "loss/rnc",
 }  # fmt: skip
 

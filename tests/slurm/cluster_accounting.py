@@ -21,8 +21,8 @@ def installed() -> bool:
     return all(map(shutil.which, ("slurmdbd", "mariadbd", "mariadb-install-db"))) and any(plugins)
 
 
-def start_database(settings: Settings, processes: Processes) -> str:
-    """Make and start a database of this cluster's own, on 127.0.0.1; gives the password."""
+def start_database(settings: Settings, processes: Processes) -> None:
+    """Make and start a database of this cluster's own, on 127.0.0.1, and write slurmdbd.conf for it."""
     home = settings.directory / "sql"
     home.mkdir(exist_ok=True)
     as_root = ["--user=root"] if os.getuid() == 0 else []
@@ -45,23 +45,7 @@ def start_database(settings: Settings, processes: Processes) -> str:
     command += [f"--port={settings.port('mariadbd')}", f"--init-file={start}", "--performance-schema=OFF"]
     command += ["--innodb-buffer-pool-size=32M", "--innodb-flush-log-at-trx-commit=0", "--innodb-lock-wait-timeout=900"]
     process = processes.start("mariadbd", command)
-    processes.await_ready("mariadbd", process, (home / "sql.socket").is_socket, 30)
-    return password
-
-
-def start_slurmdbd(settings: Settings, processes: Processes, password: str) -> None:
-    """Start slurmdbd and make the cluster known to it."""
+    processes.await_ready("mariadbd", process, (home / "sql.socket").is_socket)
     conf = settings.directory / "etc" / "slurmdbd.conf"
     conf.touch(0o600)
     conf.write_text(slurmdbd_conf(settings, password))
-    process = processes.start("slurmdbd", ["slurmdbd", "-D"])
-    environment = {**os.environ, **settings.environment}
-
-    def sacctmgr(*words: str) -> subprocess.CompletedProcess[str]:
-        command = ["timeout", "5", "sacctmgr", "-n", *words]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-    processes.await_ready("slurmdbd", process, lambda: sacctmgr("show", "cluster").returncode == 0, 30)
-    added = sacctmgr("-i", "add", "cluster", "lab")
-    if "lab" not in sacctmgr("show", "cluster", "format=cluster").stdout.split():
-        raise ClusterError(f"sacctmgr add cluster lab: {added.stdout}{added.stderr}\n{processes.tail('slurmdbd')}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import shutil
 import socket
 import stat
 import subprocess
@@ -69,8 +70,8 @@ PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 {accounting}
 {nodes}
-PartitionName=main Nodes=ALL Default=YES State=UP MaxTime=120 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=high Nodes=ALL State=UP MaxTime=120 DefaultTime=10 PriorityTier=100 PreemptMode=OFF
+PartitionName=main Nodes=ALL Default=YES MaxTime=120 DefaultTime=10 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=high Nodes=ALL MaxTime=120 DefaultTime=10 PriorityTier=100 PreemptMode=OFF
 """
 
 ACCOUNTING = """\
@@ -110,16 +111,19 @@ def user() -> str:
         raise ClusterError(f"user id {os.getuid()} has no name in /etc/passwd, which Slurm needs") from None
 
 
+def make_directories(settings: Settings) -> None:
+    for name in ("etc", "run", "log", "state", "spool", "munge", "dev", *(f"spool/{n}" for n in settings.node_names)):
+        (settings.directory / name).mkdir(parents=True, exist_ok=True)
+        (settings.directory / name).chmod(0o755)
+
+
 def write(settings: Settings) -> None:
-    """Make the directories below the lab directory and write every file but slurmdbd.conf.
+    """Write every file but slurmdbd.conf, and make the GPUs' devices.
 
     Raises:
         ClusterError: more GPUs than this user can find devices for, or a user without a name.
     """
     lab = settings.directory
-    for name in ("etc", "run", "log", "state", "spool", "munge", "dev", *(f"spool/{n}" for n in settings.node_names)):
-        (lab / name).mkdir(parents=True, exist_ok=True)
-        (lab / name).chmod(0o755)
     accounting = "# no accounting: sacct refuses"
     if settings.accounting == "dbd":
         accounting = ACCOUNTING.format(port=settings.port("slurmdbd"), munge=settings.munge_socket)
@@ -136,6 +140,7 @@ def write(settings: Settings) -> None:
             nodes="\n".join(node_line(settings, node) for node in settings.node_names),
         )
     )
+    shutil.copy(settings.conf, settings.conf.with_suffix(".first"))
     (lab / "etc/gres.conf").write_text("".join(f"Name=gpu File={gpu_device(lab, i)}\n" for i in range(settings.gpus)))
     # slurmd sets up a cgroup plugin even where nothing uses it and fails where it finds no cgroups: name one that
     # does nothing until it is used
@@ -145,6 +150,15 @@ def write(settings: Settings) -> None:
     (lab / "etc/hosts").write_text(hosts(settings))
     # no name server can be reached from a node, and asking one takes 10 s without this
     (lab / "etc/resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+
+
+def change(settings: Settings, parameters: dict[str, object]) -> None:
+    """Write slurm.conf anew with other values for some parameters."""
+    text = settings.conf.with_suffix(".first").read_text()
+    for name, value in parameters.items():
+        text = re.sub(rf"(?m)^{name}=.*\n", "", text)
+        text = f"{name}={value}\n{text}"
+    settings.conf.write_text(text)
 
 
 def node_line(settings: Settings, node: str) -> str:

@@ -89,14 +89,15 @@ class NamespaceNodes:
         self.processes.start(node, ["ip", "netns", "exec", self.namespace(node), *UNSHARE, *init])
 
     def kill(self, node: str) -> None:
+        pid = self.processes.pid(node)
+        if pid is None:
+            return
         # silence first, as in a power cut: the peers' connections get no reset
         attempt("ip", "link", "set", self.link(node), "down")
-        pid = self.processes.pid(node)
-        for init in children(pid) if pid else []:
+        for init in children(pid):
             with suppress(ProcessLookupError):
                 os.kill(init, signal.SIGKILL)  # and with its process 1 everything on the node
-        if pid:
-            wait_for(lambda: not running(pid), 5)
+        wait_for(lambda: not running(pid), 5)
         self.processes.stop(node)
 
     def cut(self, node: str) -> None:
@@ -154,7 +155,7 @@ class PortNodes:
 
         def killed() -> bool:
             # again until none is left: they may be forking
-            below = [found for found in descendants(pid) if running(found)] if pid else []
+            below = descendants(pid) if pid else []
             for found in below:
                 with suppress(ProcessLookupError):
                     os.kill(found, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Daemons of a test cluster: started in the foreground of their own session, remembered in pid files, killed by those."""
+"""Daemons of a test cluster: started in sessions of their own, remembered in pid files, killed by those."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.slurm.cluster_settings import ClusterError
 
@@ -26,20 +27,28 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def stat(pid: int) -> tuple[str, int] | None:
-    """State letter and start time (clock ticks since boot) of a process; None when there is none."""
+class Stat(NamedTuple):
+    """Of /proc/PID/stat: state letter, parent, start time in clock ticks since boot."""
+
+    state: str
+    parent: int
+    started: int
+
+
+def stat(pid: int) -> Stat | None:
+    """None when there is no such process."""
     try:
         # the command's name in parentheses may hold spaces
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return fields[0], int(fields[19])
+    return Stat(fields[0], int(fields[1]), int(fields[19]))
 
 
 def running(pid: int) -> bool:
     """Whether the process exists and is not a zombie that nobody has waited for."""
     now = stat(pid)
-    return now is not None and now[0] not in "ZX"
+    return now is not None and now.state not in "ZX"
 
 
 def command_line(pid: int) -> str:
@@ -50,11 +59,14 @@ def command_line(pid: int) -> str:
 
 
 def children(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            found += [int(child) for child in (task / "children").read_text().split()]
-    return found
+    """Running children. From every process's parent: not all kernels have /proc/PID/task/*/children."""
+    everybody = (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+    return [child for child in everybody if parent(child) == pid]
+
+
+def parent(pid: int) -> int | None:
+    now = stat(pid)
+    return now.parent if now and now.state not in "ZX" else None
 
 
 def descendants(pid: int) -> list[int]:
@@ -82,7 +94,7 @@ class Processes:
                 env={**os.environ, **self.environment},
             )
         now = stat(process.pid)
-        started = now[1] if now else 0
+        started = now.started if now else 0
         (self.run / f"{name}.json").write_text(
             json.dumps({"pid": process.pid, "started": started, "last": command[-1]})
         )
@@ -95,32 +107,36 @@ class Processes:
         except FileNotFoundError:
             return None
         now = stat(written["pid"])
-        if now is None or now[0] in "ZX" or now[1] != written["started"]:
+        if now is None or now.state in "ZX" or now.started != written["started"]:
             return None
         # the last word: `ip netns exec` turns into the command it was given
         return written["pid"] if written["last"] in command_line(written["pid"]) else None
 
     def await_ready(
-        self, name: str, process: subprocess.Popen[bytes], ready: Callable[[], bool], seconds: float
+        self, name: str, process: subprocess.Popen[bytes], ready: Callable[[], bool], seconds: float = 60.0
     ) -> None:
         """Wait until a daemon that was just started answers.
 
         Raises:
             ClusterError: it ended, or did not answer in time; with the end of its log.
         """
-        wait_for(lambda: ready() or process.poll() is not None, seconds)
-        if process.poll() is None and ready():
-            return
+        end = time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < end:
+            if ready():
+                return
+            time.sleep(POLL)
         how = f"ended with code {process.returncode}" if process.poll() is not None else f"no answer in {seconds:.0f} s"
         raise ClusterError(f"{name}: {how}\n{self.tail(name)}")
 
     def tail(self, name: str, lines: int = 5) -> str:
-        """The last lines a daemon wrote, under the names of the files they are from."""
-        logs = [log for log in (self.log / f"{name}.log", self.log / f"{name}.out") if log.is_file()]
-        last = {log: log.read_text(errors="replace").splitlines()[-lines:] for log in logs}
-        return "\n".join(
-            f"  {log}:\n" + "\n".join(f"    {line}" for line in text) for log, text in last.items() if text
-        )
+        """The last lines a daemon logged, or wrote before it had a log, under the file's name."""
+        for log in (self.log / f"{name}.log", self.log / f"{name}.out"):
+            text = log.read_text(errors="replace").splitlines() if log.is_file() else []
+            # Debian's Slurm looks for PMIx at each start and complains of its absence
+            last = [line for line in text if "pmi" not in line][-lines:]
+            if last:
+                return "\n    ".join((f"  {log}:", *last))
+        return f"  {self.log}/{name}.*: empty"
 
     def stop(self, name: str, sign: signal.Signals = signal.SIGKILL, seconds: float = 20.0) -> None:
         """Signal a daemon and wait for its end; no complaint when it does not run."""

@@ -30,7 +30,10 @@ class NotInThisMode(ClusterError):
 
 
 def default_directory() -> Path:
-    """One lab directory for each user and checkout, so that two checkouts never take each other's cluster down."""
+    """One lab directory for each user and checkout, so that two checkouts never take each other's cluster down.
+
+    Short, as the paths of sockets are below it.
+    """
     name = hashlib.sha256(str(CHECKOUT).encode()).hexdigest()[:8]
     return Path(tempfile.gettempdir()) / f"dist-train-slurm-{os.getuid()}-{name}"
 
@@ -49,7 +52,6 @@ class Settings:
             port), or "auto".
         accounting: "dbd" (slurmdbd over MariaDB: sacct answers), "none", or "auto".
         slot: which of the SLOTS sets of names, addresses and ports is taken; -1 before `up`.
-        owner: process id of the test session that started it and takes it down; 0 when a person did.
     """
 
     directory: Path
@@ -60,7 +62,6 @@ class Settings:
     mode: str = "auto"
     accounting: str = "auto"
     slot: int = -1
-    owner: int = 0
 
     def __post_init__(self) -> None:
         self.directory = Path(self.directory).absolute()
@@ -137,12 +138,24 @@ class Settings:
         return cls(**values)  # type: ignore[arg-type]
 
 
-@contextmanager
-def slot(settings: Settings) -> Iterator[socket.socket]:
-    """Find a slot nobody uses, set `settings.slot`, and give the socket that holds it.
+def hold(slot: int) -> socket.socket | None:
+    """Take a slot for as long as the socket is open in any process; None when it is taken.
 
-    The slot is held by a bound abstract Unix socket. It is seen by every user of this network namespace, which is what
-    ports and links are shared in, and is free again, whatever happens, once no process has it open.
+    An abstract Unix socket is seen by every user of this network namespace, which is what ports and links are shared
+    in, and its name is free again, whatever happens, once no process has it open.
+    """
+    holder = socket.socket(socket.AF_UNIX)
+    try:
+        holder.bind(f"\0dist-train-test-cluster-{slot}")
+    except OSError:
+        holder.close()
+        return None
+    return holder
+
+
+@contextmanager
+def free_slot(settings: Settings) -> Iterator[socket.socket]:
+    """Find a slot nobody uses, set `settings.slot`, and give the socket that holds it.
 
     Raises:
         ClusterError: all slots are taken.
@@ -150,11 +163,10 @@ def slot(settings: Settings) -> Iterator[socket.socket]:
     start = int.from_bytes(hashlib.sha256(str(settings.directory).encode()).digest()[:4], "big")
     for step in range(SLOTS):
         settings.slot = (start + step) % SLOTS
-        with socket.socket(socket.AF_UNIX) as holder:
-            try:
-                holder.bind(f"\0dist-train-test-cluster-{settings.slot}")
-            except OSError:
-                continue
+        holder = hold(settings.slot)
+        if holder is None:
+            continue
+        with holder:
             if free(settings):
                 yield holder
                 return

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.slurm import cluster_install
-from tests.slurm.cluster import Cluster
-from tests.slurm.cluster_processes import running
+from tests.slurm.cluster_lifecycle import Cluster
 from tests.slurm.cluster_settings import VARIABLE, NotInThisMode, Settings
-
-LABS = "dist-train-slurm-tests-"  # + user id; below the temporary directory: short paths, found again when left over
 
 
 def pytest_configure() -> None:
@@ -34,6 +33,17 @@ def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows the last lines of the cluster's logs."""
+    report = yield
+    for name, found in getattr(item, "funcargs", {}).items():
+        if report.failed and name != "idle_cluster" and isinstance(found, Cluster):
+            daemons = ("slurmctld", "slurmdbd", *found.nodes)
+            report.sections.append((f"logs of {name}", "\n".join(map(found.processes.tail, daemons))))
+    return report
+
+
 class LabCluster(Cluster):
     """A cluster as tests see it: what this machine cannot do is skipped."""
 
@@ -44,37 +54,52 @@ class LabCluster(Cluster):
             pytest.skip(str(error))
 
 
-def take_down_leftovers(labs: Path) -> None:
-    """Clusters of test sessions that were killed before they could take their own down."""
-    for directory in labs.glob("*"):
-        settings = Settings.load(directory)
-        if settings is not None and not running(settings.owner):
-            Cluster(settings).down()
-            shutil.rmtree(directory)
+@contextmanager
+def owned(directory: Path) -> Iterator[bool]:
+    """Whether this process owns the lab directory from now on: no other one has its lock, which ends with its owner."""
+    with (directory / "owner").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
-@pytest.fixture(scope="session")
 def labs() -> Path:
-    """Where the clusters of this user's test sessions are."""
-    labs = Path(tempfile.gettempdir()) / f"{LABS}{os.getuid()}"
-    labs.mkdir(mode=0o755, exist_ok=True)
-    take_down_leftovers(labs)
-    return labs
+    """Where the clusters of this checkout's test sessions are."""
+    usual = Settings.from_environment().directory
+    folder = usual.with_name(f"{usual.name}-tests")
+    folder.mkdir(mode=0o755, exist_ok=True)
+    return folder
 
 
-def started(labs: Path, **settings: object) -> Iterator[LabCluster]:
-    directory = Path(tempfile.mkdtemp(dir=labs))
+def take_down_leftovers() -> None:
+    """Clusters of test sessions that were killed before they could take their own down."""
+    for directory in labs().glob("*"):
+        settings = Settings.load(directory)
+        if settings is not None:
+            with owned(directory) as left_over:
+                if left_over:
+                    Cluster(settings).down()
+                    shutil.rmtree(directory)
+
+
+def started(**settings: object) -> Iterator[LabCluster]:
+    take_down_leftovers()
+    directory = Path(tempfile.mkdtemp(dir=labs()))
     directory.chmod(0o755)
-    cluster = LabCluster(Settings.from_environment(directory=directory, owner=os.getpid(), **settings))
-    cluster.up()
-    yield cluster
-    cluster.down()
-    shutil.rmtree(directory)
+    with owned(directory):
+        cluster = LabCluster(Settings.from_environment(directory=directory, **settings))
+        cluster.up()
+        yield cluster
+        cluster.down()
+        shutil.rmtree(directory)
 
 
 @pytest.fixture(scope="session")
-def cluster(labs: Path) -> Iterator[LabCluster]:
-    """A real Slurm of two nodes: the one that `python -m tests.slurm.cluster run` started, else one of this session's own.
+def cluster() -> Iterator[LabCluster]:
+    """A real Slurm of two nodes: the one of `cluster run` or `cluster env`, else one of this session's own.
 
     For each test that asks for it, SLURM_CONF is set in os.environ.
     """
@@ -84,13 +109,13 @@ def cluster(labs: Path) -> Iterator[LabCluster]:
         if settings is not None:
             yield LabCluster(settings)
             return
-    yield from started(labs)
+    yield from started()
 
 
 @pytest.fixture(scope="session")
-def cluster_without_accounting(labs: Path) -> Iterator[LabCluster]:
+def cluster_without_accounting() -> Iterator[LabCluster]:
     """A Slurm of one node where sacct refuses; SLURM_CONF is set for each test that asks for it."""
-    yield from started(labs, nodes=1, accounting="none")
+    yield from started(nodes=1, accounting="none")
 
 
 @pytest.fixture

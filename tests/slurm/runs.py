@@ -16,16 +16,16 @@ from tests import tiny
 from tests.faults.rounds import outcome
 
 LIMIT = 240.0  # seconds for anything to happen
-NODES: dict[str, Any] = {"nodes": "2", "gpus_per_node": 1, "cpus_per_rank": 2, "time": "20:00", "preflight": False}
+NODES: dict[str, Any] = {"nodes": "2", "gpus_per_node": 1, "cpus_per_rank": 1, "time": "20:00", "preflight": False}
 
 
 def write_tiny(folder: Path, *, epochs: int = 12, **training: Any) -> Path:
-    """A recipe of 10 steps an epoch that saves every fifth; dropout is on, so that a step repeated otherwise shows."""
+    """A recipe of 10 steps an epoch that saves every fifth and validates every second, which takes its time."""
     made = tiny.recipe(
         tiny.write_corpus(folder / "shards", train=60),
-        training={"epochs": epochs, **training},
+        training={"epochs": epochs, "validate_every": 2, **training},
         checkpoint={"every_steps": 5, "keep_last": 3},
-        fusion={"dropout": 0.2},
+        data={"workers": 1},
     )
     write_recipe(made, folder / "recipe.yaml")
     return folder / "recipe.yaml"
@@ -61,6 +61,11 @@ class SubmittedRun:
         except (OSError, ValueError):
             return 0
         return max((int(row["step"]) for row in rows), default=0)
+
+    def rows(self, kind: str) -> list[dict[str, Any]]:
+        """The lines of that kind in metrics.jsonl."""
+        rows = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
+        return [row for row in rows if row["kind"] == kind]
 
     def wait(self, what: str, condition: Callable[[], Any], limit: float = LIMIT) -> None:
         """Waits until it is so.

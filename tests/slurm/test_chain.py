@@ -12,7 +12,7 @@ from sharding.errors import UserErrors
 from slurm.chain import read_chain, share_of
 from slurm.queue import job_states
 from slurm.record import LaunchRecord
-from slurm.status import gather
+from slurm.status import Files, gather
 from tests.end_to_end.commands import call, errors
 from tests.slurm.conftest import LabCluster
 from tests.slurm.runs import write_tiny
@@ -84,7 +84,7 @@ def test_local_chain(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     chain = ("evaluate --split train", "shards verify {run}/nothing", "report")
     assert call(*local, *(word for text in chain for word in ("--then", text)), "--wait") == 1
     assert (run / "predictions_train.csv").is_file()
-    found = gather([run])[0]
+    found = gather([Files(run)])[0]
     assert [(link.command.split()[1], link.state) for link in found.chain] == [
         ("evaluate", "COMPLETED"), ("shards", "FAILED"), ("report", "CANCELLED")
     ]  # fmt: skip
@@ -118,4 +118,4 @@ def test_chain_on_slurm(
         assert time.monotonic() < deadline, job_states(following)
         time.sleep(0.5)
     assert not (bad / "predictions_valid.csv").exists() and not (bad / "huggingface").exists()
-    assert {link.state for link in gather([bad])[0].chain} == {"CANCELLED"}
+    assert {link.state for link in gather([Files(bad)])[0].chain} == {"CANCELLED"}
