@@ -91,7 +91,7 @@ def test_local_chain(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_chain_on_slurm(
     recipe: Path, idle_cluster: LabCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

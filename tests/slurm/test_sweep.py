@@ -38,7 +38,7 @@ def write_grid(folder: Path, **values: Any) -> Path:
     return path
 
 
-def until(condition: Callable[[], Any], limit: float = 240.0) -> None:
+def until(condition: Callable[[], Any], limit: float = 400.0) -> None:
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
@@ -55,8 +55,8 @@ def table(sweep: Path) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 30 steps."""
-    return write_tiny(tmp_path_factory.mktemp("sweep"), epochs=3)
+    """Of 20 steps."""
+    return write_tiny(tmp_path_factory.mktemp("sweep"), epochs=2)
 
 
 def random_value() -> Any:
@@ -191,7 +191,7 @@ def test_pool(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.slurm
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_array(recipe: Path, idle_cluster: LabCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An element is requeued alone, even the one that bears the array's own job id; one fails alone; logs and state lie
     with each point; the code is that of the submission.
@@ -200,7 +200,7 @@ def test_array(recipe: Path, idle_cluster: LabCluster, tmp_path: Path, monkeypat
         {"name": "bad", "overrides": [REFUSED_BY_RANK]},
         {"name": "short", "overrides": ["training.epochs=1"]},
         {"name": "small", "overrides": ["training.epochs=1", "data.batch=12"]},
-        {"name": "last", "overrides": ["training.epochs=6"]},
+        {"name": "last"},
     ]
     grid, sweep = write_grid(recipe.parent, points=points), tmp_path / "sweep"
     settings = LaunchSettings.model_validate({**NODES, "nodes": "1"})
@@ -213,7 +213,7 @@ def test_array(recipe: Path, idle_cluster: LabCluster, tmp_path: Path, monkeypat
     assert [job.partition("_")[2] for job in jobs] == ["0", "1", "2", "3"] and len({job[:-2] for job in jobs}) == 1
 
     last = sweep / "last"
-    until(lambda: (last / "metrics.jsonl").exists() and len((last / "metrics.jsonl").read_text().splitlines()) > 3)
+    until(lambda: (last / "metrics.jsonl").exists() and (last / "metrics.jsonl").read_text())
     shown = idle_cluster.slurm("scontrol", "show", "job", jobs[3])
     assert f"JobId={jobs[3].partition('_')[0]} " in shown
     idle_cluster.slurm("scancel", "--signal=USR2", jobs[3])
@@ -223,7 +223,7 @@ def test_array(recipe: Path, idle_cluster: LabCluster, tmp_path: Path, monkeypat
     kinds = [[attempt.outcome for attempt in attempts(sweep / point["name"])] for point in points]
     assert kinds == [["refused"], ["finished"], ["finished"], ["stopped", "finished"]]
     first, second = attempts(last)
-    assert 0 < second.first_step == first.last_step and second.last_step == 60
+    assert 0 < second.first_step == first.last_step and second.last_step == 20
     for point, job in zip(points, jobs, strict=True):
         log = LaunchRecord(sweep / point["name"]).log(job, 0, "err")
         assert log is not None and f"attempt 0 of job {job} on" in log.read_text()
