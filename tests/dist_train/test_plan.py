@@ -280,8 +280,8 @@ def test_fillers_are_gathered_but_not_compared(corpus: Path, tokenizer: PreTrain
     padded, real = (planner.predict(clips, gathered=500, of=of) for of in (None, 12))
     assert padded.wire_bytes == real.wire_bytes
     assert real.seconds["compute"] < padded.seconds["compute"] and real.peak_bytes < padded.peak_bytes
-    whole = planner.predict(clips)
-    assert real.seconds["compute"] == pytest.approx(whole.seconds["compute"], rel=0.25)
+    bare = planner.predict(clips).seconds["compute"]  # 12 rows gathered: the pairs of 2000 rows are what costs
+    assert real.seconds["compute"] - bare < 0.1 * (padded.seconds["compute"] - bare)
 
 
 def test_offload_moves_state_to_the_host(corpus: Path, tokenizer: PreTrainedTokenizerBase) -> None:
