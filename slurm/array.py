@@ -13,7 +13,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import SlurmExecutor
 
 from slurm.ask import ask
-from slurm.executor import refused, script_of, slurm_executor, test_only
+from slurm.executor import ours_win, refused, script_of, slurm_executor, test_only
 from slurm.job import TrainingJob
 from slurm.record import LaunchRecord
 from slurm.settings import LaunchSettings
@@ -79,6 +79,7 @@ class Array:
             (self.folder / str(number)).symlink_to(os.path.relpath(LaunchRecord(run).new_folder(), self.folder))
         script = self.folder / "job.sh"
         script.write_text(self.script())
+        ours_win(self.settings)
         return test_only(script)
 
     def submit(self) -> list[str]:

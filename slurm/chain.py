@@ -19,7 +19,7 @@ import typer
 from submitit.slurm.slurm import SlurmExecutor
 
 from dist_train import cli
-from sharding.errors import UserError, UserErrors
+from sharding.errors import UserError
 from slurm.executor import plain_executor, script_of, submit, surroundings, test_only
 from slurm.job import identity, leave
 from slurm.record import ChainLink, Followed, LaunchRecord
@@ -85,24 +85,20 @@ class ChainJob:
         return code
 
 
-def read_chain(texts: Sequence[str], run: Path) -> list[Link]:
+def read_chain(texts: Sequence[str], run: Path, errors: list[UserError]) -> list[Link]:
     """The commands of `--then`, checked as far as they can be before the run is there.
 
     Args:
         texts: as given, e.g. "convert --to huggingface"; {run} stands for the run directory.
         run: absolute.
-
-    Raises:
-        UserErrors: what is wrong with each.
+        errors: what is wrong is added; such commands are left out.
     """
-    links, errors = [], []
+    links = []
     for text in texts:
         try:
             links.append(read_link(text, run))
         except UserError as error:
-            errors.append(UserError(f"--then {text!r}", *(error.args[1:])))
-    if errors:
-        raise UserErrors(errors)
+            errors.append(UserError(f"--then {text!r}", error.problem, error.remedy))
     return links
 
 

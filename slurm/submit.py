@@ -105,11 +105,9 @@ def check(request: Request, say: Callable[[str], None]) -> tuple[Recipe, list[Li
     """
     settings, errors, notes = request.settings, list[UserError](), list[str]()
     hardware = recipe = None
-    links: list[Link] = []
     with collected(errors):
         notes += check_where(request.cluster, settings, request.output)
-    with collected(errors):
-        links = read_chain(request.then, request.run)
+    links = read_chain(request.then, request.run, errors)
     with collected(errors):
         recipe = check_recipe(request.recipe, request.overrides, settings)
         check_splits(links, recipe)

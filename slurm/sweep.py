@@ -286,7 +286,9 @@ def queue(
     shutil.copyfile(request.grid, folder / "grid.yaml")
     freeze_code(folder / "code", folder / "environment.json")
     for one in todo:
-        prepare(record.run(one.point), one)
+        # Runs that share a machine would each measure the others.
+        settings = one.settings if request.cluster == "slurm" else one.settings.model_copy(update={"preflight": False})
+        prepare(record.run(one.point), one.recipe, settings)
     record.write(sweep)
     command = shlex.join(["dist-train", *sys.argv[1:]])
     if not todo:
@@ -316,13 +318,13 @@ def queue(
         say(f"Job {jobs[0].partition('_')[0]}: {count} of {asked}{at_once}")
 
 
-def prepare(run: LaunchRecord, checked: Checked) -> None:
+def prepare(run: LaunchRecord, recipe: Recipe, settings: LaunchSettings) -> None:
     """Writes what a job reads at its start."""
     if not run.run.exists():
         RunDirectory(run.run).create()
     run.path.mkdir(exist_ok=True)
-    write_recipe(checked.recipe, run.recipe)
-    run.write_launch(Launch(settings=checked.settings))
+    write_recipe(recipe, run.recipe)
+    run.write_launch(Launch(settings=settings))
     run.cancelled.unlink(missing_ok=True)
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import yaml
 
-from dist_train.recipe_file import read_values
+from dist_train.recipe_file import read_values, write_values
 from sharding.errors import UserErrors
 from slurm.grid import MOST_POINTS, read_grid
 from slurm.record import Attempt, LaunchRecord
@@ -34,7 +33,7 @@ REFUSED_BY_RANK = "audio={pretrained: /nowhere/model, config: null}"  # what onl
 
 def write_grid(folder: Path, **values: Any) -> Path:
     path = folder / "grid.yaml"
-    path.write_text(yaml.dump({"recipe": "recipe.yaml", **values}, sort_keys=False))
+    write_values({"recipe": "recipe.yaml", **values}, path)  # quotes text that looks like a number
     return path
 
 
@@ -94,7 +93,7 @@ def test_all_mistakes_at_once(recipe: Path, tmp_path: Path, capsys: pytest.Captu
 
     def refused(*words: str, **grid: Any) -> list[str]:
         path = tmp_path / "grid.yaml"
-        path.write_text(yaml.dump({"recipe": str(recipe), **grid}, sort_keys=False))
+        write_values({"recipe": str(recipe), **grid}, path)
         assert call("sweep", path, "--output", tmp_path / "sweep", "--cluster", "local", *words) == 2
         assert not (tmp_path / "sweep").exists()
         return errors(capsys.readouterr().err)
