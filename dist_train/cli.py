@@ -110,7 +110,7 @@ def preflight(
 
         choose_accelerator()
         from dist_train.rank import end
-        from slurm.preflight_rank import run_preflight
+        from slurm.preflight.rank import run_preflight
 
         end(run_preflight(world, recipe, overrides or [], run))
     ranks = ranks or default_ranks()

@@ -115,8 +115,8 @@ def examine_nodes(recipe: Any, run: Any, reports: Path) -> None:
     """
     import torch.distributed as dist  # noqa: PLC0415
 
-    from slurm.preflight import preflight  # noqa: PLC0415
-    from slurm.preflight_table import preflight_table  # noqa: PLC0415
+    from slurm.preflight.examine import preflight  # noqa: PLC0415
+    from slurm.preflight.table import preflight_table  # noqa: PLC0415
 
     found = preflight(recipe, run, nodes=nodes_of_ranks(dist.get_world_size()))
     speaker = next(rank for rank in range(dist.get_world_size()) if rank not in found.silent)

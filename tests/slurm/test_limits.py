@@ -12,8 +12,8 @@ from tests.slurm.runs import SubmittedRun, write_tiny
 PATIENCE = """
 class Impatience:
     def beat(self, phase, step, waits):
-        import slurm.preflight
-        slurm.preflight.ARRIVAL = 20.0
+        from slurm.preflight import examine
+        examine.ARRIVAL = 20.0
 
 heartbeat.listeners.insert(0, Impatience())
 """

@@ -17,11 +17,11 @@ import pytest
 from dist_train.recipe import write_recipe
 from sharding.errors import UserErrors
 from sharding.launch import run_local
-from slurm.findings import Finding, severity_of
-from slurm.preflight import Preflight, run_checks
-from slurm.preflight_device import SIZE, Device, Smi, entries, judge_devices, parse_smi
-from slurm.preflight_shards import file_system_of
-from slurm.preflight_tournament import outliers, rounds
+from slurm.preflight.device import SIZE, Device, Smi, entries, judge_devices, parse_smi
+from slurm.preflight.examine import Preflight, run_checks
+from slurm.preflight.findings import Finding, severity_of
+from slurm.preflight.shards import file_system_of
+from slurm.preflight.tournament import outliers, rounds
 from tests import tiny
 from tests.end_to_end.commands import command, run
 from tests.ranks import run_ranks
@@ -262,7 +262,7 @@ def test_what_nvidia_smi_says_is_understood(tmp_path: Path, monkeypatch: pytest.
     )
     (tmp_path / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    from slurm.preflight_device import ask_smi  # noqa: PLC0415
+    from slurm.preflight.device import ask_smi  # noqa: PLC0415
 
     smi = ask_smi()
     assert smi is not None and smi.driver == "550.90.07" and len(smi.gpus) == 3

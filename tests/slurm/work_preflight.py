@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dist_train.run_directory import RunDirectory
-from slurm.preflight import Preflight, preflight
+from slurm.preflight.examine import Preflight, preflight
 from tests import tiny
 
 

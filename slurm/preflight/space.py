@@ -18,7 +18,7 @@ from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from sharding.retention import completed
 from sharding.shards import load_info
-from slurm.findings import Finding, findings_of, first_ranks, severity_of
+from slurm.preflight.findings import Finding, findings_of, first_ranks, severity_of
 
 CHECK = "space"
 SHARED = Path("/dev/shm")

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from dist_train.batch import DataSettings
 from sharding.errors import UserError
 from sharding.shards import DatasetInfo, ShardEntry, load_index, load_info, read_sample
-from slurm.findings import Finding, findings_of, severity_of
+from slurm.preflight.findings import Finding, findings_of, severity_of
 
 CHECK = "shards"
 TARS = 8  # of which a rank reads a sample

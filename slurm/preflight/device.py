@@ -15,7 +15,7 @@ import torch
 from pydantic import BaseModel, Field
 
 from sharding.hardware import GIB
-from slurm.findings import Finding, findings_of, severity_of
+from slurm.preflight.findings import Finding, findings_of, severity_of
 
 CHECK, SMI_CHECK = "device", "nvidia-smi"
 SLOWER = {"cuda": 2.0, "cpu": 3.0}  # times the median; the cores of a CPU are shared, and their speed wavers

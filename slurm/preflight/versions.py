@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dist_train.recipe import Recipe
-from slurm.findings import Finding, findings_of
+from slurm.preflight.findings import Finding, findings_of
 
 CHECK = "versions"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes")
@@ -32,7 +32,7 @@ def versions(recipe: Recipe) -> dict[str, str]:
     found["torch"] = torch.__version__  # with the build: 2.13.0+cpu
     found["CUDA"] = torch.version.cuda or "none"
     found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else "none"
-    found["code"] = code_hash(Path(__file__).parents[1])
+    found["code"] = code_hash(Path(__file__).parents[2])
     found["recipe"] = hashlib.sha256(recipe.model_dump_json().encode()).hexdigest()[:12]
     return found
 

@@ -11,8 +11,8 @@ from dist_train.recipe import load_recipe
 from dist_train.run_directory import RunDirectory
 from sharding import world as worlds
 from sharding.errors import UserErrors
-from slurm.preflight import preflight
-from slurm.preflight_table import preflight_table
+from slurm.preflight.examine import preflight
+from slurm.preflight.table import preflight_table
 
 
 def run_preflight(world: worlds.World, recipe: Path, overrides: Sequence[str], run: RunDirectory) -> int:

@@ -1,6 +1,6 @@
 """How fast ranks and nodes exchange: every pair of nodes, every pair of ranks of a node, and all together.
 
-What is measured next rank 0 decides from what came before (`preflight_tournament`).
+What is measured next rank 0 decides from what came before (`tournament`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sharding.collectives import device
-from slurm.preflight_exchange import Exchange, within
-from slurm.preflight_tournament import Rate, Reports, Steering, Step
+from slurm.preflight.exchange import Exchange, within
+from slurm.preflight.tournament import Rate, Reports, Steering, Step
 
 PROBE = 256 * 1024  # bytes from which the size of the measurement is judged
 # Bytes of a message, and of an all-reduce: on a CPU they should be through before another process has its turn.

@@ -1,8 +1,8 @@
 """Looks at nodes, network, disks and data before a job's first step, in every rank, and names what is bad.
 
 All nodes are examined at the same time. Each check runs in a thread with a time limit, and what it raises is a finding
-of its rank. Ranks tell rank 0 over a store (`preflight_exchange`), so that one which hangs or dies is missed and named
-and holds up nobody. What is found are measurements first (`preflight_*.measure_…`), then verdicts about them in rank 0
+of its rank. Ranks tell rank 0 over a store (`exchange`), so that one which hangs or dies is missed and named
+and holds up nobody. What is found are measurements first (`measure_…`), then verdicts about them in rank 0
 (`judge_…`).
 """
 
@@ -26,15 +26,18 @@ from dist_train.run_directory import RunDirectory
 from sharding.collectives import device
 from sharding.errors import UserError
 from sharding.heartbeat import beat
-from slurm import preflight_device, preflight_shards, preflight_space, preflight_versions
-from slurm.findings import Finding, findings_of, severity_of, spell
-from slurm.preflight_device import Device, Smi
-from slurm.preflight_directory import check_directory
-from slurm.preflight_exchange import ARRIVAL, GRACE, Exchange, RankZeroSilent, Skew, within
-from slurm.preflight_network import check_network
-from slurm.preflight_shards import Shards
-from slurm.preflight_space import Disk
-from slurm.preflight_tournament import Network
+from slurm.preflight import device as preflight_device
+from slurm.preflight import shards as preflight_shards
+from slurm.preflight import space as preflight_space
+from slurm.preflight import versions as preflight_versions
+from slurm.preflight.device import Device, Smi
+from slurm.preflight.directory import check_directory
+from slurm.preflight.exchange import ARRIVAL, GRACE, Exchange, RankZeroSilent, Skew, within
+from slurm.preflight.findings import Finding, findings_of, severity_of, spell
+from slurm.preflight.network import check_network
+from slurm.preflight.shards import Shards
+from slurm.preflight.space import Disk
+from slurm.preflight.tournament import Network
 
 CLOCK = "clock"
 SILENT = "answers"

@@ -10,10 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_train.plan_table import size
-from slurm import preflight_device, preflight_directory, preflight_shards, preflight_space, preflight_versions
-from slurm.findings import Finding
-from slurm.preflight import CLOCK, Preflight
-from slurm.preflight_tournament import CHECK as NETWORK
+from slurm.preflight import device as preflight_device
+from slurm.preflight import directory as preflight_directory
+from slurm.preflight import shards as preflight_shards
+from slurm.preflight import space as preflight_space
+from slurm.preflight import versions as preflight_versions
+from slurm.preflight.examine import CLOCK, Preflight
+from slurm.preflight.findings import Finding
+from slurm.preflight.tournament import CHECK as NETWORK
 
 STYLES = {"bad node": "red", "stop": "red", "note": "yellow"}
 

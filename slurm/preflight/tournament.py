@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, Field
 
-from slurm.findings import Finding, spell
+from slurm.preflight.findings import Finding, spell
 
 CHECK = "network"
 SLOWER = 3.0  # times the median, in each of all measurements: a clear outlier

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.run_directory import RunDirectory
-from slurm.findings import Finding, findings_of, first_ranks, severity_of
-from slurm.preflight_exchange import GRACE, Exchange, within
-from slurm.preflight_shards import file_system_of
+from slurm.preflight.exchange import GRACE, Exchange, within
+from slurm.preflight.findings import Finding, findings_of, first_ranks, severity_of
+from slurm.preflight.shards import file_system_of
 
 CHECK = "run directory"
 APPEARS = 3.0  # seconds within which a file must be seen by other nodes
