@@ -27,7 +27,7 @@ from slurm.job import TrainingJob
 from slurm.local import start_local, visible_gpus
 from slurm.record import ChainLink, Launch, LaunchRecord, Submission
 from slurm.settings import LaunchSettings
-from slurm.status import Files, gather
+from slurm.status import Files, RunStatus, gather
 
 Cluster = Literal["slurm", "local"]
 LIVE = ("pending", "starting", "running", "saving", "requeued", "suspended")  # states of a run with a job
@@ -251,10 +251,15 @@ def open_run(run: RunDirectory) -> None:
     if not LaunchRecord(run.path).recipe.is_file():
         run.open()
     found = gather([Files(run.path)])[0]
-    if found.state in LIVE:
+    if at_work(found):
         who = f"job {found.job}" if found.job else "a process"
         remedy = "See dist-train status; dist-train cancel has it save and end."
         raise UserError(str(run.path), f"is at work already ({who} is {found.state})", remedy)
+
+
+def at_work(status: RunStatus) -> bool:
+    """Whether its job is alive, or it was started by hand and its ranks are heard of."""
+    return status.state in LIVE and (status.job is not None or status.state != "starting")
 
 
 def name_of(request: Request) -> str:

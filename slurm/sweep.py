@@ -24,7 +24,7 @@ from slurm.local import frozen
 from slurm.record import Launch, LaunchRecord, Submission
 from slurm.settings import LaunchSettings
 from slurm.status import Files, gather
-from slurm.submit import LIVE, Cluster, check_where, gpu_types
+from slurm.submit import Cluster, at_work, check_where, gpu_types
 from slurm.sweep_record import PoolProcess, Sweep, SweepRecord
 
 NAMED = 3  # points named in a message
@@ -202,9 +202,7 @@ def choose(record: SweepRecord, checked: Sequence[Checked], say: Callable[[str],
         remedy = f"Wait for it, or end it and its runs: kill {pool.process}."
         raise UserError(str(record.directory), f"is at work already (process {pool.process})", remedy)
     there = [one for one in checked if record.run(one.point).path.exists()]
-    states = {
-        one.point.name: status.state for one, status in zip(there, gather(map(Files, runs(record, there))), strict=True)
-    }
+    states = dict(zip((one.point.name for one in there), gather(map(Files, runs(record, there))), strict=True))
     todo, finished, live = [], [], []
     errors: list[UserError] = []
     for one in checked:
@@ -217,9 +215,9 @@ def choose(record: SweepRecord, checked: Sequence[Checked], say: Callable[[str],
                 check_same(earlier, one.recipe)
                 changed = earlier != one.recipe  # it may train on
             errors += [shared(error, [name], len(checked)) for error in found]
-        if states.get(name) in LIVE:
+        if name in states and at_work(states[name]):
             live.append(name)
-        elif states.get(name) == "finished" and not changed:
+        elif name in states and states[name].state == "finished" and not changed:
             finished.append(name)
         else:
             todo.append(one)

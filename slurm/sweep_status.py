@@ -98,7 +98,8 @@ class Look:
 
     def judge(self, point: Point, status: RunStatus | None, waits: bool) -> Seen:
         """One point, of what is known of its run."""
-        if waits or status is None or (status.job is None and status.state == "unknown"):
+        # A point without a job may have been run by hand.
+        if waits or status is None or (status.job is None and not RunDirectory(status.run).recipe.is_file()):
             return Seen(point, WAITING if waits else NOT_STARTED, status=None if waits else status)
         seen = Seen(point, status.state, status.why, status)
         if status.state == "finished":
