@@ -132,7 +132,8 @@ def script_of(executor: SlurmExecutor) -> str:
 
 
 def test_only(script: Path) -> str:
-    """Asks Slurm whether it would take the script, and when it would start; queues nothing.
+    """Asks Slurm whether it would take the script, and when it would start; queues nothing. Nodes that are down count
+    as absent in this question, though not for a job that is queued, so that this complaint is only passed on.
 
     Raises:
         UserError: it would not.
@@ -141,9 +142,11 @@ def test_only(script: Path) -> str:
         ["sbatch", "--test-only", str(script)], capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
     )
     said = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
-    if done.returncode:
-        raise refused(said)
-    return said
+    if not done.returncode:
+        return said
+    if "configuration is not available" in said:
+        return f"Slurm could not start it now: {said}"
+    raise refused(said)
 
 
 def ours_win(settings: LaunchSettings) -> None:

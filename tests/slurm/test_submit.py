@@ -51,13 +51,12 @@ def test_all_that_the_partition_lacks_is_told_at_once(
     ("words", "told"),
     [
         (("--partition", "gpuu"), r"--partition: gpuu is unknown to this cluster\. Known: main, high"),
-        (("--account", "nobody"), r"sbatch: .*account.*Give an --account of yours"),
-        (("--qos", "gold"), r"sbatch: .*(qos|QOS).*Give a --qos of yours"),
+        (("--reservation", "mine"), r"sbatch: .*reservation.*Give a --reservation that"),
         (("--constraint", "h100"), r"sbatch: .*--constraint"),
         (("--nodes", "2-1"), r"--nodes: is '2-1': write a number of nodes"),
         (("--time", "soon"), r"--time: is 'soon': write minutes"),
         (("--time", "2:00"), r"--time: 2:00 leaves nothing beside the 180 s for saving"),
-        (("data.batch=1", "--nodes", "2"), r"data\.batch: 1 clips cannot feed 2 ranks"),
+        (("data.batch=2", "--nodes", "2", "--gpus-per-node", "2"), r"data\.batch: 2 clips cannot feed 4 ranks"),
         (("data.bach=1",), r"data\.bach"),
         (("--cluster", "pbs"), r"--cluster: is 'pbs'"),
     ],
@@ -83,12 +82,10 @@ def test_places_that_nodes_do_not_share(recipe: Path, cluster: LabCluster, capsy
 
 
 def test_no_slurm(recipe: Path, tmp_path: Path) -> None:
-    words = ("submit", recipe, "--output", tmp_path / "run", *TINY)
-    told = refusal(*words, PATH="/nowhere")
+    told = refusal("submit", recipe, "--output", tmp_path / "run", *TINY, PATH="/nowhere")
     assert (
         told == "Slurm: its commands are not on PATH. Run this on a login node of the cluster, or give --cluster local."
     )
-    assert "controller not reachable" in refusal(*words, SLURM_CONF=str(tmp_path / "none.conf"))
 
 
 def test_accounting_off(recipe: Path, cluster_without_accounting: LabCluster, tmp_path: Path) -> None:
