@@ -60,7 +60,7 @@ class Pool:
         while self.running or (self.waiting and not self.stopped):
             for ended in [one for one in self.running if one.job.done()]:
                 self.running.remove(ended)
-                self.gpus += ended.gpus
+                self.gpus = sorted([*self.gpus, *ended.gpus])
                 say(f"{ended.point.name}: ended")
             while self.waiting and not self.stopped and self.start(self.waiting[0]):
                 self.waiting.popleft()

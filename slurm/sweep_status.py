@@ -69,6 +69,7 @@ class Look:
         self.record = record
         self.sweep: Sweep = record.read()
         self.over: dict[str, Seen] = {}
+        self.seen: list[Seen] = []  # at the last look of `follow`
 
     def __call__(self) -> list[Seen]:
         """All points, in order.
@@ -118,7 +119,7 @@ def follow(look: Look, done: Callable[[Sequence[Seen]], None]) -> int:
     try:
         with Live(console=console, auto_refresh=False, vertical_overflow="visible", transient=True) as live:
             while True:
-                seen = look()
+                seen = look.seen = look()
                 if all(one.over for one in seen):
                     break
                 if console.is_terminal:
@@ -129,8 +130,9 @@ def follow(look: Look, done: Callable[[Sequence[Seen]], None]) -> int:
                 time.sleep(REFRESH)
     except KeyboardInterrupt:
         place = shlex.quote(str(look.record.directory))
+        console.print(screen(look, look.seen))
         again = f"The points go on. Look again with: dist-train sweep --status {place} --watch"
-        console.print(again, soft_wrap=True, markup=False)
+        console.print(again, soft_wrap=True, markup=False, highlight=False)
         return INTERRUPTED
     console.print(screen(look, seen))
     done(seen)

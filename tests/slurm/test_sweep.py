@@ -19,6 +19,7 @@ import pytest
 from dist_train.recipe_file import read_values, write_values
 from sharding.errors import UserErrors
 from slurm.grid import MOST_POINTS, read_grid
+from slurm.local import visible_gpus
 from slurm.record import Attempt, LaunchRecord
 from slurm.settings import LaunchSettings
 from slurm.sweep import SweepRequest, submit_sweep
@@ -131,6 +132,19 @@ def test_all_mistakes_at_once(recipe: Path, tmp_path: Path, capsys: pytest.Captu
     assert str(30**4) in many[0] and str(MOST_POINTS) in many[0]
     assert "seed" in refused(grid={"seed": [1]}, seeds=[1, 2])[0]
     assert "has no values" in refused(grid={"data.batch": []})[0]
+
+
+def test_gpus_that_this_process_may_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By number or by name, in the order in which they are named."""
+    listing = "".join(f"GPU {n}: NVIDIA H100 80GB HBM3 (UUID: GPU-{name}-1f2e)\n" for n, name in enumerate("abc"))
+    (tmp_path / "nvidia-smi").write_text(f"#!/bin/sh\ncat <<'END'\n{listing}END\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus() == [0, 1, 2]
+    for named, found in {"2,0": [2, 0], "GPU-b-1f2e, 0": [1, 0], "": [], "7": []}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+        assert visible_gpus() == found
 
 
 @pytest.mark.slow

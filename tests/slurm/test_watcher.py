@@ -42,7 +42,9 @@ def test_node_failure_is_not_the_end(idle_cluster: LabCluster, tmp_path: Path) -
     node = began.read_text()
     idle_cluster.crash(node)
     idle_cluster.slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=crashed")  # 30 s sooner
-    assert not job.done(force_check=True)
+    while "began_1" not in {path.name for path in tmp_path.iterdir()}:  # sacct says NODE_FAIL meanwhile
+        assert not job.done(force_check=True)
+        time.sleep(0.05)
     assert job.results() == ["1"]
     assert (tmp_path / "began_1").read_text() != node
 
