@@ -12,6 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dist_train import launch_commands
+from dist_train.launch_commands import OtherBaseOption
 from sharding.errors import UserError, UserErrors
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
@@ -19,9 +21,6 @@ shards = typer.Typer(no_args_is_help=True, help="Make, look at and verify WebDat
 app.add_typer(shards, name="shards")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory (the --output of train).")]
-OtherBaseOption = Annotated[
-    bool, typer.Option("--accept-other-base", help="Take a checkpoint although the frozen weights are others now.")
-]
 RanksOption = Annotated[int | None, typer.Option(min=1, help="Local ranks to start. Default: one per GPU, or one.")]
 # What a place says that is full, not ours, out of order, or cannot exist.
 REFUSED = (
@@ -30,6 +29,13 @@ REFUSED = (
 )
 REMEDY = "Free space or name another place; what was saved before is whole."
 BAD_SAMPLE_HELP = "stop, or set_aside: leave bad samples out and count them."
+
+
+def known_format(name: str) -> str:
+    """Refuses a format that convert does not write, as soon as the command line is read."""
+    from tools.convert.formats import by_name
+
+    return by_name(name).name if name else name  # nothing, while a command line is only looked at
 
 
 @app.command()
@@ -76,6 +82,42 @@ def train(
         raise SystemExit(run_local(again(), ranks, run.logs))
     finally:
         run.discard_unstarted()
+
+
+launch_commands.add_to(app)
+
+
+@app.command()
+def preflight(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe that is to be trained.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")] = None,
+    output: Annotated[Path, typer.Option(help="Run directory, new or not.")] = ...,  # type: ignore[assignment]
+    ranks: RanksOption = None,
+) -> None:
+    """Examine the nodes, network, disks and shards of a training before it; inside torchrun or srun those of all ranks.
+
+    Writes slurm/preflight.json in the run directory.
+    """
+    from dist_train.run_directory import RunDirectory
+    from dist_train.world_size import foresee
+    from sharding.launch import run_local
+    from sharding.world import read_world
+
+    run = RunDirectory(output)
+    world = read_world(os.environ)
+    if world is not None:
+        from sharding.ops import choose_accelerator
+
+        choose_accelerator()
+        from dist_train.rank import end
+        from slurm.preflight.rank import run_preflight
+
+        end(run_preflight(world, recipe, overrides or [], run))
+    ranks = ranks or default_ranks()
+    foresee(recipe, overrides or [], ranks)
+    if output.exists() and not output.is_dir():
+        raise UserError(str(output), "is not a directory", "Give another --output.")
+    raise SystemExit(run_local(again(), ranks, run.path / "slurm" / "logs"))
 
 
 @app.command()
@@ -181,7 +223,9 @@ def plan(
 def convert(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="Run directory, checkpoint, or a foreign file or folder.")],
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make.")],
-    to: Annotated[str, typer.Option(help="Format to write, e.g. huggingface; docs/conversion.md has all.")],
+    to: Annotated[
+        str, typer.Option(callback=known_format, help="Format to write, e.g. huggingface; docs/conversion.md has all.")
+    ],
     run: Annotated[Path | None, typer.Option(help="Run directory that tells what SRC does not.")] = None,
     base: Annotated[Path | None, typer.Option(help="Folder of the frozen model, if not the one SRC names.")] = None,
     dtype: Annotated[str | None, typer.Option(help="fp32 or bf16. Default: the format's.")] = None,
@@ -219,6 +263,48 @@ def report(
     else:
         Console().print(scaling_table(found))
         print(page)
+
+
+@app.command()
+def status(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories; several: a line each.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a list with an object for each run.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Refresh until the runs are over; Ctrl-C leaves them be.")
+    ] = False,
+) -> None:
+    """Tell how runs are: state and why, progress, restarts, errors of the ranks, and what to do next."""
+    from slurm.status_table import show
+
+    raise SystemExit(show(directories, as_json=as_json, watch=watch))
+
+
+@app.command()
+def logs(
+    directory: RunArgument,
+    rank: Annotated[int | None, typer.Option(min=0, help="Whose output to print. Default: 0.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All ranks, each line after its rank.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines of each file.")] = 40,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it is written, over requeues.")] = False,
+    only_errors: Annotated[
+        bool, typer.Option("--errors", help="Reports, tracebacks and stacks of ranks alone.")
+    ] = False,
+) -> None:
+    """Print what the ranks of a run have written."""
+    from slurm.logs import show
+
+    raise SystemExit(show(directory, rank, every=every, lines=lines, follow=follow, only_errors=only_errors))
+
+
+@app.command()
+def cancel(
+    directory: RunArgument,
+    now: Annotated[bool, typer.Option("--now", help="End it at once; what is not saved is lost.")] = False,
+) -> None:
+    """Cancel a submitted run and what follows it: it saves first, ends, and is not requeued."""
+    from slurm.cancel import cancel as carry_out
+
+    raise SystemExit(carry_out(directory, now=now))
 
 
 @app.command()

@@ -75,6 +75,9 @@ def load_model(
     return model
 
 
+_FAILURES: dict[tuple[type, str], str] = {}  # of models that config_problems has tried: what they raised, or ""
+
+
 def config_problems(
     kind: type[PreTrainedModel], fields: dict[str, Any], where: str, example: dict[str, Tensor]
 ) -> Iterable[UserError]:
@@ -97,11 +100,16 @@ def config_problems(
     yield from too_deep
     if unknown or too_deep:
         return
-    try:
-        with torch.device("meta"), torch.no_grad():
-            kind(config(**fields)).eval()(**{name: value.to("meta") for name, value in example.items()})
-    except Exception as error:  # whatever it raises, the fields are to blame
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+    tried = (kind, repr(fields))
+    if tried not in _FAILURES:  # a sweep asks of the same model at every point
+        try:
+            with torch.device("meta"), torch.no_grad():
+                kind(config(**fields)).eval()(**{name: value.to("meta") for name, value in example.items()})
+            _FAILURES[tried] = ""
+        except Exception as error:  # whatever it raises, the fields are to blame
+            _FAILURES[tried] = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = _FAILURES[tried]
+    if reason:
         yield UserError(where, f"does not make a working model ({reason})", f"See transformers.{config.__name__}.")
 
 

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from sharding import world as worlds
 from sharding.collectives import together
 from sharding.errors import UserError
 from sharding.launch import INTERRUPTED, launched
+from sharding.signals import StopFlag
 from sharding.watchdog import Watchdog
 
 # Of torch's own calls inside transformers' WavLM and DeepSpeed; nothing a user could change.
@@ -44,12 +45,16 @@ def run_training(
     fresh: bool,
     resume: bool,
     accept_other_base: bool,
+    stop: StopFlag | None = None,
+    examine: Callable[[Recipe], None] | None = None,
 ) -> int:
     """`dist-train train` in this rank. Returns the exit code.
 
     Args:
         fresh: the run directory has still to be made (nobody launched this rank who made it).
         accept_other_base: continue on other frozen weights than those trained on so far.
+        stop: raised when to stop and save; None: by signals.
+        examine: called on all ranks before anything is loaded.
 
     Raises:
         UserError, UserErrors: the same on all ranks for a wrong recipe, or on one rank for a bad sample.
@@ -60,9 +65,16 @@ def run_training(
     worlds.join(world, with_deepspeed=True)
     together(lambda: prepare(recipe_path, overrides, run, fresh=fresh, resume=resume) if world.rank == 0 else None)
     settings = load_recipe(run.recipe)
+    if examine is not None:
+        examine(settings)
     limit = settings.training.watchdog_seconds
-    with nullcontext() if limit is None else Watchdog(run.logs, limit) as watchdog:
-        finished = train(settings, run, resume=resume, accept_other_base=accept_other_base, watchdog=watchdog)
+    with (
+        nullcontext() if limit is None else Watchdog(run.logs, limit) as watchdog,
+        StopFlag() if stop is None else nullcontext(stop) as flag,
+    ):
+        finished = train(
+            settings, run, resume=resume, accept_other_base=accept_other_base, watchdog=watchdog, stop=flag
+        )
     if world.rank != 0:
         return 0 if finished else INTERRUPTED
     if not finished:

@@ -51,22 +51,25 @@ def read_values(path: Path, overrides: Iterable[str] = ()) -> tuple[Any, list[Us
         return None, [*errors, UserError(str(path), one_line(error).rstrip("."), r"Write \${…} for a literal ${…}.")]
 
 
-def read(path: Path) -> Any:
+def read(path: Path, example: str = EXAMPLE) -> Any:
     """The mapping in a YAML file.
+
+    Args:
+        example: where one is, for those whose file is none.
 
     Raises:
         UserError: there is none.
     """
     try:
-        text = read_bounded(path, MOST_YAML, EXAMPLE).decode()
+        text = read_bounded(path, MOST_YAML, example).decode()
         check(text)
         values = OmegaConf.load(io.StringIO(text))
     except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
         raise UserError(str(path), f"is not YAML ({one_line(error)})", "Correct the file at that place.") from None
     except OSError as error:
-        raise UserError(str(path), f"cannot be read ({error.strerror or one_line(error)})", EXAMPLE) from None
+        raise UserError(str(path), f"cannot be read ({error.strerror or one_line(error)})", example) from None
     if not OmegaConf.is_dict(values):
-        raise UserError(str(path), "is not a mapping of keys to values", EXAMPLE)
+        raise UserError(str(path), "is not a mapping of keys to values", example)
     return values
 
 

@@ -30,6 +30,8 @@ PACKAGES = (
     "flash-attn",
 )
 
+REVISION = "REVISION"  # beside the packages, in a copy of the code that a submission keeps
+
 
 class RunDirectory:
     """Paths inside a run directory, and what is written there.
@@ -52,12 +54,12 @@ class RunDirectory:
         self._made: list[Path] = []  # by create, innermost first
 
     def create(self) -> None:
-        """Makes a new run directory.
+        """Makes a new run directory. That what was written before a run began (slurm/) is there does not matter.
 
         Raises:
             UserError: it exists, or cannot be made.
         """
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(one.name != "slurm" for one in self.path.iterdir())):
             raise UserError(
                 str(self.path), "exists already", "Give another --output, or continue that run with --resume."
             )
@@ -201,8 +203,12 @@ def environment(world_size: int) -> dict[str, Any]:
 
 
 def git_revision() -> str | None:
-    """Commit of this code, with "+changes" if the working tree differs; None outside a git checkout."""
+    """Commit of this code, with "+changes" if the working tree differs; None outside a git checkout. A copy of the code
+    has it in a file.
+    """
     source = Path(__file__).parent
+    with contextlib.suppress(OSError):
+        return (source.parent / REVISION).read_text().strip() or None
 
     def git(*arguments: str) -> str:
         return subprocess.run(

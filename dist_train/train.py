@@ -211,6 +211,7 @@ class Trainer:
                     {
                         "kind": "step",
                         "step": progress.step,
+                        "total_steps": self.total_steps,
                         "epoch": progress.epoch,
                         "samples": progress.samples,
                         "loss": result.loss if result.clips else None,  # none where all were set aside
@@ -284,6 +285,7 @@ class Trainer:
     def validate(self, display: Display) -> None:
         """Evaluates on the validation split, keeps count of the best, and saves (collective)."""
         progress, recipe = self.progress, self.recipe
+        began = time.perf_counter()
         self.ended = None
         self.engine.eval()
         predictions = predict(
@@ -302,6 +304,7 @@ class Trainer:
             progress.best_step, progress.best_score = progress.step, found
         if self.rank == 0:
             row = {"kind": "eval", "step": progress.step, "epoch": progress.epoch, "split": "valid"}
+            row["seconds"] = time.perf_counter() - began
             self.run.log({**row, **{part: value for part, value in scores.items() if part != "gap"}})
         self.save(*(("best",) if better else ()))
         display.validation(progress.epoch, scores, better)
@@ -353,34 +356,34 @@ def train(
     resume: bool,
     accept_other_base: bool = False,
     watchdog: Watchdog | None = None,
+    stop: StopFlag,
 ) -> bool:
     """One rank's part of a run: training, then the test split with the best checkpoint. Returns False if stopped by
     request (collective).
     """
-    with StopFlag() as stop:
-        trainer = Trainer(recipe, run, resume=resume, accept_other_base=accept_other_base)
-        if watchdog is not None:
-            watchdog.watch(trainer.engine.module)
-        if trainer.rank == 0:
-            rows = parameter_rows(trainer.engine.module)
-            write_parameters(rows, run.parameters)
-            Console().print(parameter_table(rows))
-        with Display(trainer.total_steps, trainer.progress.step, quiet=trainer.rank != 0) as display:
-            stopped = trainer.fit(display, stop)
-        progress, world = trainer.progress, trainer.world
-        train_split, foresight = trainer.train_split, trainer.foresight
-        if stopped:
-            return False
-        del trainer  # its memory is needed by the evaluation
-        beat("loading")
-        best = find_checkpoint(run, "best")
-        names = [name for name in train_split.info.splits if name != "train"]
-        # What it was trained on was looked at when it was resumed.
-        labels = train_split.labels
-        splits: dict[str, Any] = {
-            name: evaluate_checkpoint(run, recipe, best, name, accept_other_base=True, train_labels=labels)
-            for name in names
-        }
+    trainer = Trainer(recipe, run, resume=resume, accept_other_base=accept_other_base)
+    if watchdog is not None:
+        watchdog.watch(trainer.engine.module)
+    if trainer.rank == 0:
+        rows = parameter_rows(trainer.engine.module)
+        write_parameters(rows, run.parameters)
+        Console().print(parameter_table(rows))
+    with Display(trainer.total_steps, trainer.progress.step, quiet=trainer.rank != 0) as display:
+        stopped = trainer.fit(display, stop)
+    progress, world = trainer.progress, trainer.world
+    train_split, foresight = trainer.train_split, trainer.foresight
+    if stopped:
+        return False
+    del trainer  # its memory is needed by the evaluation
+    beat("loading")
+    best = find_checkpoint(run, "best")
+    names = [name for name in train_split.info.splits if name != "train"]
+    # What it was trained on was looked at when it was resumed.
+    labels = train_split.labels
+    splits: dict[str, Any] = {
+        name: evaluate_checkpoint(run, recipe, best, name, accept_other_base=True, train_labels=labels)
+        for name in names
+    }
     if foresight is not None:
         pace = speed(read_steps(run.metrics))
         summary = {

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 LONGEST = 500  # characters of a part of a message: names out of foreign files may have megabytes
 
 
@@ -32,6 +35,17 @@ class UserErrors(Exception):
 
     def __str__(self) -> str:
         return "\n".join(str(error) for error in self.errors)
+
+
+@contextmanager
+def collected(errors: list[UserError]) -> Iterator[None]:
+    """Adds what is raised inside to `errors`, to be reported with what else is wrong."""
+    try:
+        yield
+    except UserErrors as found:
+        errors += found.errors
+    except UserError as error:
+        errors.append(error)
 
 
 def plain(text: str) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from sharding.errors import UserError
 
@@ -24,6 +27,28 @@ def read_bounded(path: Path, most: int, remedy: str) -> bytes:
         UserError: it is no regular file, or larger.
         OSError: it cannot be read.
     """
+    with opened(path, remedy) as (file, size):
+        if size > most:
+            raise UserError(str(path), f"has {size} bytes, at most {most} are read", remedy)
+        return file.read(size)
+
+
+def read_tail(path: Path, most: int, remedy: str) -> bytes:
+    """The last bytes of a regular file, at most `most`; a line whose beginning is left out is left out, too.
+
+    Raises:
+        UserError: it is no regular file.
+        OSError: it cannot be read.
+    """
+    with opened(path, remedy) as (file, size):
+        file.seek(max(size - most, 0))
+        text = file.read(most)
+    return text.partition(b"\n")[2] if size > most and b"\n" in text else text
+
+
+@contextmanager
+def opened(path: Path, remedy: str) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, and its size."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for the writer of a FIFO
     try:
         found = os.fstat(descriptor)
@@ -31,9 +56,7 @@ def read_bounded(path: Path, most: int, remedy: str) -> bytes:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         if not stat.S_ISREG(found.st_mode):
             raise UserError(str(path), "is not a regular file", remedy)
-        if found.st_size > most:
-            raise UserError(str(path), f"has {found.st_size} bytes, at most {most} are read", remedy)
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(found.st_size)
+            yield file, found.st_size
     finally:
         os.close(descriptor)

@@ -23,6 +23,24 @@ FAILED_RANK_FILE = "DIST_TRAIN_FAILED_RANK_FILE"  # environment variable: where 
 
 
 def run_local(command: Sequence[str], ranks: int, logs: Path) -> int:
+    """`run_ranks` for a user's command.
+
+    Returns:
+        Exit code: 0, or that of the first rank that failed. Of a job that stood still what the ranks reported is
+        printed.
+
+    Raises:
+        UserErrors: the mistakes the ranks reported, each once.
+    """
+    code, errors = run_ranks(command, ranks, logs)
+    if errors and code != HUNG:
+        raise UserErrors(errors)
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+def run_ranks(command: Sequence[str], ranks: int, logs: Path) -> tuple[int, list[UserError]]:
     """Runs `command` as `ranks` processes that find each other, rank 0 on this terminal, the others' output in
     logs/rank_N.log.
 
@@ -31,11 +49,7 @@ def run_local(command: Sequence[str], ranks: int, logs: Path) -> int:
     collective, are ended after a grace period.
 
     Returns:
-        Exit code: 0, or that of the first rank that failed. Of a job that stood still what the ranks reported is
-        printed.
-
-    Raises:
-        UserErrors: the mistakes the ranks reported, each once.
+        Exit code: 0, or that of the first rank that failed; and what the ranks reported, each once.
     """
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank_*.error.json"):
@@ -65,12 +79,7 @@ def run_local(command: Sequence[str], ranks: int, logs: Path) -> int:
     code = 0 if failed is None else processes[failed].returncode
     if code == -signal.SIGKILL and not stops:
         print(f"error: {killed(failed)}", file=sys.stderr, flush=True)
-    errors = reported_errors(logs)
-    if errors and code != HUNG:
-        raise UserErrors(errors)
-    for error in errors:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    return code
+    return code, reported_errors(logs)
 
 
 def start_rank(command: Sequence[str], rank: int, ranks: int, port: int, logs: Path) -> subprocess.Popen[bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -12,10 +13,16 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)
 
 
 class StopFlag:
-    """While entered, SIGINT, SIGTERM and SIGUSR2 set `raised`; forked data workers are unaffected."""
+    """While entered, SIGINT, SIGTERM and SIGUSR2 raise it; forked data workers are unaffected.
 
-    def __init__(self) -> None:
-        self.raised = False
+    Args:
+        deadline: seconds since the epoch from when on it is raised without a signal, which layers between a scheduler
+            and this process may lose.
+    """
+
+    def __init__(self, deadline: float | None = None) -> None:
+        self.deadline = deadline
+        self._signalled = False
         self._owner = os.getpid()
         self._before: dict[signal.Signals, object] = {}
 
@@ -32,7 +39,12 @@ class StopFlag:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._owner:
-            self.raised = True
+            self._signalled = True
+
+    @property
+    def raised(self) -> bool:
+        """Whether to stop."""
+        return self._signalled or (self.deadline is not None and time.time() >= self.deadline)
 
 
 @contextmanager

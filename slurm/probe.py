@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from dataclasses import dataclass, field
+
+from slurm.ask import ask
 
 COMMANDS = ("sbatch", "srun", "sinfo", "sacct")
 # Partition (default one starred), availability, time limit, nodes, generic resources, node state. `--json` needs a
@@ -63,9 +63,9 @@ def probe(timeout: float = 5.0) -> SlurmStatus:
         absent = [name for name in ("sbatch", "srun", "sinfo") if not status.commands[name]]
         status.problem = "not found" if len(absent) == 3 else f"{', '.join(absent)} not found on PATH"
         return status
-    _, version = _ask(["sinfo", "--version"], timeout)
+    _, version = ask(["sinfo", "--version"], timeout)
     status.version = version if version.startswith("slurm") else None
-    status.reachable, answer = _ask(["sinfo", "--noheader", "--all", "--format", SINFO_FORMAT], timeout)
+    status.reachable, answer = ask(["sinfo", "--noheader", "--all", "--format", SINFO_FORMAT], timeout)
     if not status.reachable:
         status.problem = f"controller not reachable: {answer}"
         return status
@@ -73,7 +73,7 @@ def probe(timeout: float = 5.0) -> SlurmStatus:
     if not any(partition.available for partition in status.partitions):
         status.problem = "no partition is up"
     if status.commands["sacct"]:
-        status.accounting, _ = _ask(["sacct", "--noheader", "--allocations", "--starttime", "now"], timeout)
+        status.accounting, _ = ask(["sacct", "--noheader", "--allocations", "--starttime", "now"], timeout)
     return status
 
 
@@ -93,26 +93,3 @@ def parse_partitions(text: str) -> list[Partition]:
         if int(nodes):
             partition.states[state] = partition.states.get(state, 0) + int(nodes)
     return list(partitions.values())
-
-
-def _ask(command: list[str], timeout: float) -> tuple[bool, str]:
-    """Run `command`; return (it succeeded in time, stdout or the last line of what it complained about)."""
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=timeout,
-            check=False,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-    except subprocess.TimeoutExpired:
-        return False, f"no answer within {timeout:g} s"
-    except OSError as error:
-        return False, str(error)
-    if done.returncode == 0:
-        return True, done.stdout.strip()
-    complaint = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    return False, complaint[-1] if complaint else f"exit code {done.returncode}"

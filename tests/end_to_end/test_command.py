@@ -22,7 +22,7 @@ from tests import tiny
 
 METRICS = {"mae", "corr", "acc2_nonzero", "acc2_has0", "f1_nonzero", "f1_has0", "acc7"}
 STEP_KEYS = {
-    "kind", "step", "epoch", "samples", "loss", "lr", "grad_norm", "tokens",
+    "kind", "step", "total_steps", "epoch", "samples", "loss", "lr", "grad_norm", "tokens",
     "step_seconds", "data_seconds", "peak_bytes", "clips", "micro_steps", "padding_share", "phases", "flops", "mfu",
     "measured", "exchange_seconds", "between_seconds", "world_size",
     "loss/mse_complete", "loss/mse_missing", "loss/mkd1", "loss/mkd2", "loss/rs", "loss/rnc",

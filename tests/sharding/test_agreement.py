@@ -82,7 +82,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("count", [12, pytest.param(60, marks=pytest.mark.slow)])
 def test_the_double_flow_runs_the_same_modules_whatever_clips_lack(
-    count: int, pretrained: dict[str, str], tmp_path: Path
+    count: int, pretrained: dict[str, Any], tmp_path: Path
 ) -> None:
     """Random recipes over random clips, other numbers of them on each rank, with other modalities, fillers among them,
     decoded or known before: every rank runs the same modules in the same order, and every trainable gets its gradient.

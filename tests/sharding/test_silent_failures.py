@@ -46,7 +46,7 @@ STOPPED = {
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checked = [*WRONG, ("agreeing", 2), ("agreeing", 3), *(("skipped branch", stage) for stage in (0, 1, 2))]
-    arguments = {"seed": secrets.randbits(31), "bare": [*WRONG, *RIGHT], "checked": checked}
+    arguments: dict[str, Any] = {"seed": secrets.randbits(31), "bare": [*WRONG, *RIGHT], "checked": checked}
     folder = tmp_path_factory.mktemp("trained")
     return run_ranks("trained", 2, folder, module="tests.sharding.work_silent_failures", **arguments)
 
@@ -136,7 +136,7 @@ def test_the_checks_change_nothing_where_ranks_agree(stage: int, runs: dict[str,
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    arguments = {"seed": secrets.randbits(31), "stages": [2, 3]}
+    arguments: dict[str, Any] = {"seed": secrets.randbits(31), "stages": [2, 3]}
     folder = tmp_path_factory.mktemp("bases")
     return run_ranks("bases", 2, folder, module="tests.sharding.work_silent_failures", **arguments)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import random
-import shutil
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 
 from slurm.probe import COMMANDS, SINFO_FORMAT, parse_partitions, probe
+from tests.slurm.cluster import Cluster
 
 
 def install(folder: Path, scripts: dict[str, str]) -> None:
@@ -89,20 +88,15 @@ def test_groups_of_nodes_are_merged_by_partition() -> None:
 
 
 @pytest.mark.slurm
-def test_real_slurm() -> None:
-    if (
-        shutil.which("sinfo") is None
-        or subprocess.run(["sinfo"], capture_output=True, timeout=20, check=False).returncode
-    ):
-        pytest.skip("no Slurm cluster answers here")
+def test_real_slurm(idle_cluster: Cluster) -> None:
     status = probe()
     assert status.reachable
     assert not status.problem
     assert status.version is not None
-    names = subprocess.run(["sinfo", "-h", "-a", "-o", "%R"], capture_output=True, text=True, check=True).stdout.split()
+    assert status.accounting is (idle_cluster.settings.accounting == "dbd")
+    names = idle_cluster.slurm("sinfo", "-h", "-a", "-o", "%R").split()
     assert {partition.name for partition in status.partitions} == set(names)
-    shown = subprocess.run(
-        ["scontrol", "show", "partition", status.partitions[0].name], capture_output=True, text=True, check=True
-    ).stdout
-    assert f"TotalNodes={status.partitions[0].nodes}" in shown
+    first = status.partitions[0]
+    assert f"TotalNodes={first.nodes}" in idle_cluster.slurm("scontrol", "show", "partition", first.name)
+    assert (first.name, first.default, first.states) == ("main", True, {"idle": len(idle_cluster.nodes)})
     assert SINFO_FORMAT.count("|") == 5
