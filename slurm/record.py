@@ -133,7 +133,8 @@ class LaunchRecord:
 
     def log(self, job: str, rank: int, stream: Literal["out", "err"]) -> Path | None:
         """What a rank of a job has printed; None if there is nothing. Rank 0's are also those of the batch script."""
-        return next(iter(sorted(self.jobs.glob(f"*/{job}_{rank}_log.{stream}"), reverse=True)), None)
+        found = self.jobs.glob(f"[0-9]*/{job}_{rank}_log.{stream}")
+        return max(found, key=lambda path: int(path.parent.name), default=None)
 
     def discard(self) -> None:
         """Removes all this."""
