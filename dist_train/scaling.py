@@ -266,9 +266,9 @@ def remarks(points: Sequence[Point], series: Sequence[Series]) -> Iterable[str]:
         yield f"All runs have {points[0].ranks} rank(s): efficiency needs at least two world sizes."
     within = {entry.point for one in series for entry in one.entries}
     for index, point in enumerate(points):
-        where = name_of(point)
+        where = f"{name_of(point)}, batch {point.batch}"
         if index not in within and len(points) > 1:
-            yield f"{where}: no other world has its batch of {point.batch}, or as many clips per rank: it stands alone."
+            yield f"{where}: no other world has this batch, or as many clips per rank: it stands alone."
         if 1 < len(point.runs) < RUNS:
             yield f"{where}: {len(point.runs)} runs are too few to see how runs differ; the intervals hold within them."
         if point.step_seconds.low is None:

@@ -84,12 +84,12 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
 
 
 def below(place: Path, depth: int) -> Iterator[Path]:
-    """Run directories at or below a place; links to folders are not followed."""
+    """Run directories at or below a place; links to folders are not followed, hidden folders (of a sweep) left out."""
     if any((place / name).is_file() for name in MARKS):
         yield place
     elif depth:
         for entry in sorted(place.iterdir()):
-            if entry.is_dir() and not entry.is_symlink():
+            if entry.is_dir() and not entry.is_symlink() and not entry.name.startswith("."):
                 yield from below(entry, depth - 1)
 
 

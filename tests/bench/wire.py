@@ -1,10 +1,10 @@
 """What really crosses the wire in a step, what the launcher takes beside it, and what timing collectives costs.
 
-    python -m tests.bench.wire [--ranks 2 4] [--data data/demo] [--clips 28] [--timer]
+    python -m tests.bench.wire [--ranks 2 4] [--data data/demo] [--clips 25] [--timer]
 
 Each world trains recipes/quickstart.yaml twice in a network of its own (`unshare --net`, needs root), one epoch and
 two. The kernel counts what its loopback carries, headers and acknowledgements included; the difference is what the
-second epoch sent. All its steps are full (1,400 clips of the demo corpus, 28 per rank and step), so a step sends the
+second epoch sent. All its steps are full (1,400 clips of the demo corpus, 25 per rank and step), so a step sends the
 same as the one that plan.json foretells. The launcher's processor time is read from the fifth to the last step.
 `--timer`: seconds that the timer of collectives adds to a call, and per step; in this process alone.
 """
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--data", type=Path, default=Path("data/demo"))
-    parser.add_argument("--clips", type=int, default=28, help="of a rank and step")
+    parser.add_argument("--clips", type=int, default=25, help="of a rank and step")
     parser.add_argument("--timer", action="store_true")
     arguments = parser.parse_args()
     if arguments.timer:
