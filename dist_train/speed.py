@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
+
+import torch
 
 WARM_UP = 2  # steps not counted: compilation, first allocations
 
@@ -49,3 +52,10 @@ def speed(steps: list[dict[str, Any]]) -> dict[str, Any]:
         "padding_share": sum(row["padding_share"] for row in steps) / count,
         "micro_steps": sum(row["micro_steps"] for row in steps) / count,
     }
+
+
+def peak_bytes() -> int:
+    """Most memory held so far: of the GPU, or of this process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,7 +26,7 @@ from dist_train.recipe import Recipe
 from dist_train.rollout import RolloutCache
 from dist_train.run_directory import RunDirectory
 from dist_train.run_state import Progress, RunState, check_bases, read_run_state
-from dist_train.speed import read_steps, speed
+from dist_train.speed import peak_bytes, read_steps, speed
 from dist_train.step import Stepper, StepResult
 from sharding import checkpoint
 from sharding.agreement import Agreement
@@ -340,13 +339,6 @@ class Trainer:
             rollouts=None if self.rollouts is None else self.rollouts.state(),
         )
         self.saver.save(self.engine, self.progress.step, state.model_dump(mode="json"), pointers)
-
-
-def peak_bytes() -> int:
-    """Most memory held so far: of the GPU, or of this process on a CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def train(

@@ -98,7 +98,10 @@ class Files:
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
         if problem is not None:
-            raise UserError(str(run), problem, "Give the --output of `dist-train submit` or `dist-train train`.")
+            remedy = "Give the --output of `dist-train submit` or `dist-train train`."
+            if (run / ".sweep").is_dir():
+                remedy = f"It holds a sweep: dist-train sweep --status {shlex.quote(str(run))}."
+            raise UserError(str(run), problem, remedy)
         self.run, self.notes, self.record = run, [], LaunchRecord(run)  # type: tuple[Path, list[str], LaunchRecord]
         self.submissions = list(self.lines(Submission, self.record.submissions))
         attempts = {(one.job, one.restart): one for one in self.lines(Attempt, self.record.attempts)}

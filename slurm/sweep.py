@@ -290,6 +290,7 @@ def queue(
     record.write(sweep)
     command = shlex.join(["dist-train", *sys.argv[1:]])
     if not todo:
+        say("Nothing is left to run.")
         return
     if request.cluster == "local":
         start_pool(record, folder / "code", [one.point.name for one in todo], command)

@@ -16,6 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from dist_train.recipe import load_recipe
 from dist_train.recipe_file import read_values, write_values
 from sharding.errors import UserErrors
 from slurm.grid import MOST_POINTS, read_grid
@@ -29,6 +30,7 @@ from tests.end_to_end.commands import call, errors, press_ctrl_c, started, wait_
 from tests.slurm.conftest import LabCluster
 from tests.slurm.runs import NODES, write_tiny
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 REFUSED_BY_RANK = "audio={pretrained: /nowhere/model, config: null}"  # what only a rank finds out
 
 
@@ -87,6 +89,15 @@ def test_points(tmp_path: Path) -> None:
         found = {"a.x": values["a"]["x"], "a.y": values["a"]["y"], "b.x": values["b"]["x"], "seed": values["seed"]}
         assert not wrong and repr(found) == repr(wanted)
         (tmp_path / point.name).mkdir()
+
+
+@pytest.mark.parametrize(
+    "path", sorted([*RECIPES.glob("sweeps/*.yaml"), *RECIPES.glob("scaling/*.yaml")]), ids=lambda path: path.name
+)
+def test_shipped_grid_files(path: Path) -> None:
+    """Each of their points is a recipe, but for data that has to be made first."""
+    recipe, points = read_grid(path)
+    assert points and all(load_recipe(recipe, point.overrides) for point in points)
 
 
 def test_all_mistakes_at_once(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +213,7 @@ def test_pool(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     write_grid(recipe.parent, points=points)
     assert call(*words, "--resume") == 2  # another training under the name of one that has finished
     assert "fusion.dropout" in capsys.readouterr().err
+    assert call("status", sweep) == 2 and f"dist-train sweep --status {sweep}" in capsys.readouterr().err
 
 
 @pytest.mark.slurm
