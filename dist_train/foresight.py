@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import platform
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -100,16 +99,10 @@ class Foresight:
         if self.rates is None:
             yield
             return
-        # Where the collector runs in the middle of the step the meter was seen 10 % too high.
-        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        gc.disable()
-        try:
-            with Meter() as self.meter:
-                yield
-        finally:
-            gc.enable()
+        with Meter() as self.meter:
+            yield
 
     def compare(self, plan: EpochPlan, epoch_step: int, step: int) -> None:
         """Puts what was measured into plan.json, beside what is foretold for the clips of that step."""
