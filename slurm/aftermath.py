@@ -14,11 +14,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sharding.errors import UserError
+from sharding.files import read_tail
 from sharding.launch import HUNG, reported_errors
 from slurm.ask import ask
 from slurm.job import OUTCOME, identity, saved_step
 from slurm.queue import expand, job_state
-from slurm.record import Attempt, Failure, LaunchRecord
+from slurm.record import OWN, Attempt, Failure, LaunchRecord
 from slurm.restart import Decision, decide
 from slurm.settings import LaunchSettings
 
@@ -128,21 +130,16 @@ def batch_errors(record: LaunchRecord, job: str) -> str:
     if path is None:
         return ""
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            return file.read().decode(errors="replace").rpartition(MARK)[2]
-    except OSError:
+        return read_tail(path, 1 << 20, OWN).decode(errors="replace").rpartition(MARK)[2]
+    except (OSError, UserError):
         return ""
 
 
 def logged_step(run: Path) -> int:
     """The last step in metrics.jsonl; how far the run came, saved or not."""
-    path = run / "metrics.jsonl"
     try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - (1 << 16)))
-            lines = file.read().decode(errors="replace").splitlines()
-    except OSError:
+        lines = read_tail(run / "metrics.jsonl", 1 << 16, OWN).decode(errors="replace").splitlines()
+    except (OSError, UserError):
         return 0
     for line in reversed(lines):
         try:

@@ -67,7 +67,7 @@ def owned(directory: Path) -> Iterator[bool]:
 
 
 def labs() -> Path:
-    """Where the clusters of this checkout's test sessions are."""
+    """Where the clusters of this checkout's test runs are."""
     usual = Settings.from_environment().directory
     folder = usual.with_name(f"{usual.name}-tests")
     folder.mkdir(mode=0o755, exist_ok=True)
@@ -75,7 +75,7 @@ def labs() -> Path:
 
 
 def take_down_leftovers() -> None:
-    """Clusters of test sessions that were killed before they could take their own down."""
+    """Clusters of test runs that were killed before they could take their own down."""
     for directory in labs().glob("*"):
         settings = Settings.load(directory)
         if settings is not None:
@@ -99,7 +99,7 @@ def started(**settings: object) -> Iterator[LabCluster]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[LabCluster]:
-    """A real Slurm of two nodes: the one of `cluster run` or `cluster env`, else one of this session's own.
+    """A real Slurm of two nodes: the one of `cluster run` or `cluster env`, else one that lasts as long as the tests.
 
     For each test that asks for it, SLURM_CONF is set in os.environ.
     """
