@@ -49,7 +49,7 @@ def check_cluster(settings: LaunchSettings, timeout: float = 20.0) -> list[str]:
         raise UserError("Slurm", problem, here)
     if not status.reachable:
         raise UserError("Slurm", status.problem, "Check SLURM_CONF and the controller (scontrol ping); try again.")
-    name = settings.partition or next((part.name for part in status.partitions if part.default), None)
+    name = settings.partition or status.default_partition
     known = ", ".join(part.name for part in status.partitions)
     if name is None:
         raise UserError("--partition", "none is given, and the cluster has no default", f"Known: {known}.")

@@ -51,6 +51,11 @@ class SlurmStatus:
         """True when jobs can be submitted from here: sbatch, srun and sinfo are on PATH."""
         return all(self.commands[name] for name in ("sbatch", "srun", "sinfo"))
 
+    @property
+    def default_partition(self) -> str | None:
+        """Where jobs go that name none."""
+        return next((partition.name for partition in self.partitions if partition.default), None)
+
 
 def probe(timeout: float = 5.0) -> SlurmStatus:
     """Look for Slurm on this machine.

@@ -25,6 +25,7 @@ from slurm.executor import ours_win, script_of, slurm_executor, submit, test_onl
 from slurm.freeze import freeze
 from slurm.job import TrainingJob
 from slurm.local import start_local, visible_gpus
+from slurm.probe import probe
 from slurm.record import ChainLink, Launch, LaunchRecord, Submission
 from slurm.settings import LaunchSettings
 from slurm.status import Files, RunStatus, gather
@@ -144,10 +145,9 @@ def check_where(cluster: Cluster, settings: LaunchSettings, output: Path) -> lis
 
 
 def gpu_types(settings: LaunchSettings) -> tuple[str, ...]:
-    """What Slurm calls the GPUs of the partition."""
-    if settings.partition is None:
-        return ()
-    return tuple(kind for group in node_groups(settings.partition) for kind in group.gpu_types)
+    """What Slurm calls the GPUs of the partition, the cluster's default one if none is named."""
+    name = settings.partition or probe().default_partition
+    return tuple(kind for group in node_groups(name) for kind in group.gpu_types) if name else ()
 
 
 def check_local(settings: LaunchSettings) -> None:
