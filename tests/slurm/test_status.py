@@ -45,7 +45,12 @@ def process() -> Iterator[subprocess.Popen[bytes]]:
 
 def look(laid: Laid, **job: Any) -> RunStatus:
     """The status, if Slurm says that of job JOB."""
-    return status_of(Files(laid.path), {JOB: JobState(**job)} if job else {})
+    return status_of(Files(laid.path), {JOB: said(**job)} if job else {})
+
+
+def said(**job: Any) -> JobState:
+    """What Slurm says of a job; times are given in seconds ago."""
+    return JobState(**job | {name: stamp(job[name]) for name in ("start", "end") if name in job})
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
@@ -125,7 +130,7 @@ def stamp(ago: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - ago))
 
 
-RUNNING: dict[str, Any] = {"state": "RUNNING", "nodes": "n[1-2]", "start": stamp(60), "end": stamp(-3600)}
+RUNNING: dict[str, Any] = {"state": "RUNNING", "nodes": "n[1-2]", "start": 60, "end": -3600}  # both in seconds ago
 KILLED = Failure(rank=3, node="n2", error="Killed")
 AGAIN: dict[str, Any] = {
     "outcome": "failed",
@@ -162,7 +167,7 @@ SAVED = {"outcome": "stopped", "last_step": 9, "ended": 1.0}
         (RUNNING, {}, {}, "running", ""),
         (RUNNING, {}, {"phase": "saving"}, "saving", ""),
         (RUNNING, {}, {"idle": 100.0}, "running", "rank 0 began nothing new for 100 s"),
-        ({**RUNNING, "start": stamp(20)}, {}, {"ago": 40}, "starting", "ranks start"),  # that was the start before
+        ({**RUNNING, "start": 20}, {}, {"ago": 40}, "starting", "ranks start"),  # that was the start before
         ({**RUNNING, "state": "SUSPENDED"}, {}, {}, "suspended", ""),
         ({**RUNNING, "state": "COMPLETING"}, {**SAVED, "decision": "requeue"}, None, "requeued", "stopped"),
         ({**RUNNING, "state": "COMPLETING"}, GIVEN_UP, None, "failed", "3 attempts"),
@@ -275,13 +280,13 @@ def test_one_screen(laid: Laid) -> None:
     laid.attempt(JOB, 1, ago=10)
     laid.steps(7, total=1000, seconds=60)
     laid.beats(*["n1:7"] * 4, step=7)
-    found = status_of(Files(laid.path), {JOB: JobState(**{**RUNNING, "start": stamp(20)}), **following})
+    found = status_of(Files(laid.path), {JOB: said(**{**RUNNING, "start": 20}), **following})
     assert found.state == "running" and found.errors == [] and found.limit is not None
     assert found.saves == found.limit - 30
     assert "it saves, is requeued and goes on" in shown(found)
     laid.steps(8, total=10)
     assert "it saves, is requeued" not in shown(
-        status_of(Files(laid.path), {JOB: JobState(**RUNNING), **following})
+        status_of(Files(laid.path), {JOB: said(**RUNNING), **following})
     )  # the training ends before
 
 

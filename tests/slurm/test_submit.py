@@ -32,7 +32,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
 
 
 def test_all_that_the_partition_lacks_is_told_at_once(
-    recipe: Path, cluster: LabCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    recipe: Path, idle_cluster: LabCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
     asked = ("--nodes", "3-5", "--gpus-per-node", "3", "--cpus-per-rank", "4", "--time", "3:00:00")
@@ -44,7 +44,7 @@ def test_all_that_the_partition_lacks_is_told_at_once(
         "--time: 3:00:00 is over the limit of main, 2:00:00.",
     ):
         assert part in told
-    assert not output.exists() and not cluster.jobs()
+    assert not output.exists() and not idle_cluster.jobs()
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_all_that_the_partition_lacks_is_told_at_once(
 )
 def test_refused(
     recipe: Path,
-    cluster: LabCluster,
+    idle_cluster: LabCluster,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     words: tuple[str, ...],
@@ -72,7 +72,7 @@ def test_refused(
 ) -> None:
     output = tmp_path / "runs" / "run"
     assert re.search(told, refused(capsys, recipe, "--output", output, *TINY, *words))
-    assert not output.parent.exists() and not cluster.jobs()
+    assert not output.parent.exists() and not idle_cluster.jobs()
 
 
 def test_places_that_nodes_do_not_share(recipe: Path, cluster: LabCluster, capsys: pytest.CaptureFixture[str]) -> None:
