@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from dist_train.batch import Batch
 from dist_train.fusion import FlowOutput
 from dist_train.losses import LossSettings, double_flow_loss, transcription_loss
+from dist_train.missing import has_teacher
 from dist_train.model import Flows
 from sharding.collectives import gather_rows
 
@@ -72,13 +73,13 @@ class GlobalLoss(NamedTuple):
 
 def pack(flows: Flows, batch: Batch) -> Packed:
     """Everything a loss needs of a clip in one row: the outputs of both flows, sum and count of ASR, label, whether it
-    has a transcript, whether it is real, and its shares of the language model's positions and passages.
+    has what the missing flow lacks, whether it is real, and its shares of the language model's positions and passages.
     """
     count = len(batch["label"])
     asr = torch.zeros(count, 2, device=batch["label"].device) if flows.asr is None else flows.asr
     parts = [*flows.complete, *flows.missing, asr]
     shares = (torch.stack([flows.tokens, flows.passages]) / count).float().expand(count, 2)
-    extra = torch.stack([batch["label"], batch["text_present"].float(), batch["real"].float()], 1)
+    extra = torch.stack([batch["label"], has_teacher(batch).float(), batch["real"].float()], 1)
     rows = torch.cat([part.float().reshape(count, -1) for part in parts] + [extra, shares], 1)
     return Packed(rows, tuple(part.shape[1:] for part in parts))
 
@@ -86,8 +87,8 @@ def pack(flows: Flows, batch: Batch) -> Packed:
 def global_loss(packed: Sequence[Packed], settings: LossSettings, most: int | None = None) -> GlobalLoss:
     """Loss of the clips that all ranks packed in these micro-steps (collective).
 
-    A clip without transcript has no teacher: it enters MSE and RNC, not the distillation terms. Without any real clip
-    the loss is 0.
+    A clip without the modality that the missing flow lacks has no teacher: it enters MSE and RNC, not the distillation
+    terms. Without any real clip the loss is 0.
 
     Args:
         packed: one per micro-step, the same number on all ranks.
@@ -129,7 +130,7 @@ def unpack(whole: Tensor, shapes: Sequence[torch.Size]) -> tuple[Rows, int, int]
     tokens, passages = whole[:, -2:].double().sum(0).tolist()
     whole = whole[whole[:, -3] > 0]
     sizes = [shape.numel() for shape in shapes]
-    *columns, label, has_text, _, _ = whole.split([*sizes, 1, 1, 1, 2], 1)
+    *columns, label, taught, _, _ = whole.split([*sizes, 1, 1, 1, 2], 1)
     restored = [column.reshape(len(whole), *shape) for column, shape in zip(columns, shapes, strict=True)]
     complete, missing, asr = FlowOutput(*restored[:FLOW]), FlowOutput(*restored[FLOW:-1]), restored[-1]
-    return Rows(complete, missing, label[:, 0].detach(), has_text[:, 0] > 0, asr), round(tokens), round(passages)
+    return Rows(complete, missing, label[:, 0].detach(), taught[:, 0] > 0, asr), round(tokens), round(passages)

@@ -126,7 +126,7 @@ def double_flow_loss(
     Args:
         complete, missing: outputs of the two flows over the same n clips.
         labels: [n] valence.
-        has_teacher: bool [n], False for a clip without transcript.
+        has_teacher: bool [n], False for a clip that has not what the missing flow does without.
         settings: weights and constants.
 
     Returns:
@@ -143,8 +143,8 @@ def double_flow_loss(
     terms = {
         "mse_complete": (_exact(complete.prediction) - labels).square().mean(),
         "mse_missing": (_exact(missing.prediction) - labels).square().mean(),
-        "mkd1": rmse(missing.text_query, complete.text_query.detach()),
-        "mkd2": rmse(missing.text_views, complete.text_views.detach()),
+        "mkd1": rmse(missing.query, complete.query.detach()),
+        "mkd2": rmse(missing.views, complete.views.detach()),
         "rs": rmse(missing.representation, complete.representation),
         "rnc": rank_n_contrast(torch.cat((complete.rnc, missing.rnc)), labels.repeat(2), settings.rnc_temperature),
     }

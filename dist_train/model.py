@@ -12,6 +12,7 @@ from dist_train.audio import AudioEncoder, AudioFeatures
 from dist_train.batch import Batch
 from dist_train.fusion import FlowOutput, FusionNetwork, FusionWidths
 from dist_train.llm import Block, LanguageModel, TextFeatures
+from dist_train.missing import TEXT, Streams, lacking_modalities, present_or_zero, without
 from dist_train.packed import TextStates, Tokens
 from dist_train.phases import phase
 from dist_train.projector import Projector, load_projector
@@ -45,7 +46,9 @@ class Texts(NamedTuple):
 
 
 class DoubleFlow(nn.Module):
-    """Complete flow (audio, real text, vision) and missing flow (audio, imagined text, vision) over the same clips.
+    """Complete flow (audio, real text, vision) and missing flow over the same clips.
+
+    The missing flow reads imagined text instead of the real, or lacks another modality (recipe: `missing`).
 
     Every module runs once in the same order for every batch on every rank, also for clips that lack a modality:
     an absent modality is computed on a dummy
@@ -81,6 +84,7 @@ class DoubleFlow(nn.Module):
             FusionWidths(audio=self.audio.width, text=self.llm.width, vision=recipe.widths.vision),
             recipe.fusion,
             recipe.imagination,
+            lacking_modalities(recipe.missing),
         )
         self.fusion.requires_grad_(self.compares)  # in projector pre-training no loss reaches it
 
@@ -96,7 +100,8 @@ class DoubleFlow(nn.Module):
         real = present_or_zero(*texts.real, batch["text_present"])
         simulated = present_or_zero(*texts.simulated, batch["audio_present"])
         vision = present_or_zero(batch["vision"].to(dtype), batch["vision_mask"], batch["vision_present"])
-        complete, missing = self.fusion(*audio, *real, *simulated, *vision)
+        whole = Streams(audio, real, vision)
+        complete, missing = self.fusion(whole, without(whole, simulated, batch["dropped"]), batch["dropped"])
         return Flows(complete, missing, *texts[2:])
 
     def texts(self, batch: Batch, frames: Tensor, mask: Tensor) -> Texts:
@@ -109,6 +114,7 @@ class DoubleFlow(nn.Module):
         audio = None if self.projector is None else self.projector(frames, mask)
         wanted = batch["audio_present"] & batch["real"]
         whole = wanted & batch["text_present"]
+        wanted = wanted & batch["dropped"][:, TEXT]
         blocks: dict[str, Block] = {}
         answers = said = None
         if flows and self.text_features is None:
@@ -135,10 +141,3 @@ class DoubleFlow(nn.Module):
         tokens = torch.tensor(sum(len(part.states[0]) for part in read.values()), device=mask.device)
         passages = sum(positions) - tokens  # the states before the first layer come from none
         return Texts(real, simulated, tokens, passages, asr, answers)
-
-
-def present_or_zero(states: Tensor, mask: Tensor, present: Tensor) -> TextStates:
-    """states [B, T, D], mask [B, T]; where present [B] is False: one zero position, still connected to the graph."""
-    first = torch.zeros_like(mask)
-    first[:, 0] = True
-    return TextStates(states * present[:, None, None].to(states.dtype), torch.where(present[:, None], mask, first))
