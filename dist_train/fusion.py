@@ -15,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dist_train.imagination import MIA, ImaginationSettings
-from dist_train.missing import MODALITIES, Streams, lacked
+from dist_train.missing import MODALITIES, Streams, keep_where, lacked
+from dist_train.refine import VGMR, RefineSettings
+from dist_train.rollout import evaluating
 
 REPRESENTATION_WIDTH = 128
 RNC_WIDTH = 64
@@ -65,6 +67,14 @@ class FlowOutput(NamedTuple):
     """[B, d] vector of the modality that the missing flow lacks, after its view MLP (MKD-1)."""
     views: Tensor
     """[B, 7, 128] the same modality seen by the seven views (MKD-2)."""
+
+
+class Fused(NamedTuple):
+    """Both flows of B clips, and what else the losses need of each clip: named tensors [B, …]."""
+
+    complete: FlowOutput
+    missing: FlowOutput
+    notes: dict[str, Tensor]
 
 
 def _mlp(dropout: float, *widths: int) -> nn.Sequential:
@@ -150,6 +160,7 @@ class FusionNetwork(nn.Module):
         settings: see :class:`FusionSettings`.
         imagination: see :class:`~dist_train.imagination.ImaginationSettings`; disabled, no MIA parameters exist.
         lacks: the modalities that the missing flow may lack in training; each has its own MIA.
+        refine: see :class:`~dist_train.refine.RefineSettings`. Default: nothing in front.
     """
 
     def __init__(
@@ -158,9 +169,11 @@ class FusionNetwork(nn.Module):
         settings: FusionSettings,
         imagination: ImaginationSettings,
         lacks: Sequence[str] = ("text",),
+        refine: RefineSettings | None = None,
     ) -> None:
         super().__init__()
         d, dropout = settings.width, settings.dropout
+        self.refine = VGMR(widths, refine) if refine is not None and refine.kind == "vgmr" else None
         self.projections = nn.ModuleList(nn.Linear(width, d) for width in widths)
         self.pooled_attention = nn.ModuleList(PooledUMCA(settings) for _ in widths)
         self.modality_gate = AFG(dropout, 3 * d, d, d, 3)
@@ -196,24 +209,52 @@ class FusionNetwork(nn.Module):
             views.append(mlp(mixed))
         return torch.stack(views, dim=1)
 
-    def forward(self, complete: Streams, missing: Streams, dropped: Tensor) -> tuple[FlowOutput, FlowOutput]:
+    def forward(self, complete: Streams, missing: Streams, dropped: Tensor, labels: Tensor | None = None) -> Fused:
         """The complete flow and the missing flow over the same clips.
 
         Args:
             complete, missing: features [B, T, width] of audio, text and vision with their masks, True at real steps, at
                 least one per clip; padding must be finite. An absent modality is one real step of zeros.
             dropped: bool [B, 3], the modalities that the missing flow does without; MIA acts on these.
+            labels: [B], wanted in training by VGMR, whose values learn what a modality is worth.
         """
+        notes: dict[str, Tensor] = {}
+        if self.refine is not None and labels is not None and self.training:
+            for name, streams in (("complete", complete), ("missing", missing)):
+                notes[f"worth/{name}"] = self.worth(streams, dropped, labels, missing=name == "missing")
+        if self.refine is not None:
+            complete, values = self.refine(complete)
+            missing, left = self.refine(missing)
+            for field in values._fields:
+                notes |= {f"{field}/complete": getattr(values, field), f"{field}/missing": getattr(left, field)}
         whole = self.project(complete)
-        shared = [again is once for once, again in zip(complete, missing, strict=True)]  # both flows read it
-        left = [
-            kept if same else projection(stream.states)
-            for kept, same, projection, stream in zip(whole, shared, self.projections, missing, strict=True)
-        ]
-        return (
+        kept = [again is once for once, again in zip(complete, missing, strict=True)]  # both flows read it
+        parts = zip(kept, whole, self.projections, missing, strict=True)
+        left_over = [once if same else projection(stream.states) for same, once, projection, stream in parts]
+        return Fused(
             self.flow(whole, [stream.mask for stream in complete], dropped, missing=False),
-            self.flow(left, [stream.mask for stream in missing], dropped, missing=True),
+            self.flow(left_over, [stream.mask for stream in missing], dropped, missing=True),
+            notes,
         )
+
+    @torch.no_grad()
+    def worth(self, streams: Streams, dropped: Tensor, labels: Tensor, *, missing: bool) -> Tensor:
+        """[B, 3]: by how much the squared error of this flow grows without each modality (VGMR's delta).
+
+        Three fusion passes more, and one over everything: all four without dropout, whose noise would drown the
+        difference. The language model does not run again.
+        """
+        errors = []
+        with evaluating(self):
+            for removed in (None, *range(len(streams))):
+                nobody = torch.zeros_like(dropped[:, 0])
+                left = (
+                    keep_where(stream, nobody) if number == removed else stream for number, stream in enumerate(streams)
+                )
+                refined, _ = self.refine(Streams(*left))  # type: ignore[misc]
+                output = self.flow(self.project(refined), [stream.mask for stream in refined], dropped, missing=missing)
+                errors.append((output.prediction.float() - labels.float()).square())
+        return torch.stack([error - errors[0] for error in errors[1:]], 1)
 
     def project(self, streams: Streams) -> list[Tensor]:
         """Each stream [B, T, width] → [B, T, d]."""

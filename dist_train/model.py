@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,8 @@ class Flows(NamedTuple):
     """[B, 2] negative log-likelihood of the transcript in nats, and its number of tokens; None without ASR."""
     answers: Tokens | None = None
     """The imagined text, one answer per clip; None where the rollout decodes nothing."""
+    notes: Mapping[str, Tensor] = MappingProxyType({})
+    """What else the losses need of each clip (`Fused.notes`)."""
 
 
 class Texts(NamedTuple):
@@ -85,6 +89,7 @@ class DoubleFlow(nn.Module):
             recipe.fusion,
             recipe.imagination,
             lacking_modalities(recipe.missing),
+            recipe.refine,
         )
         self.fusion.requires_grad_(self.compares)  # in projector pre-training no loss reaches it
 
@@ -101,8 +106,9 @@ class DoubleFlow(nn.Module):
         simulated = present_or_zero(*texts.simulated, batch["audio_present"])
         vision = present_or_zero(batch["vision"].to(dtype), batch["vision_mask"], batch["vision_present"])
         whole = Streams(audio, real, vision)
-        complete, missing = self.fusion(whole, without(whole, simulated, batch["dropped"]), batch["dropped"])
-        return Flows(complete, missing, *texts[2:])
+        left = without(whole, simulated, batch["dropped"])
+        complete, missing, notes = self.fusion(whole, left, batch["dropped"], batch["label"])
+        return Flows(complete, missing, *texts[2:], notes=notes)
 
     def texts(self, batch: Batch, frames: Tensor, mask: Tensor) -> Texts:
         """Real and simulated text of each clip, out of one pass of the language model.

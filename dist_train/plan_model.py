@@ -130,8 +130,9 @@ def hollow_loss(recipe: Recipe, packed: Packed, rows: int, real: int) -> tuple[T
     chosen = whole.index_select(0, torch.arange(real))
     *columns, label, taught, _, _ = chosen.split([*(shape.numel() for shape in packed.shapes), 1, 1, 1, 2], 1)
     parts = [column.reshape(real, *shape) for column, shape in zip(columns, packed.shapes, strict=True)]
-    complete, missing, asr = FlowOutput(*parts[:FLOW]), FlowOutput(*parts[FLOW:-1]), parts[-1]
-    loss, _ = double_flow_loss(complete, missing, label[:, 0].detach(), taught[:, 0] > 0, recipe.loss)
+    complete, missing, asr = FlowOutput(*parts[:FLOW]), FlowOutput(*parts[FLOW : 2 * FLOW]), parts[2 * FLOW]
+    notes = dict(zip(packed.notes, parts[2 * FLOW + 1 :], strict=True))
+    loss, _ = double_flow_loss(complete, missing, label[:, 0].detach(), taught[:, 0] > 0, recipe.loss, notes)
     if recipe.loss.asr > 0:
         loss = loss + recipe.loss.asr * transcription_loss(asr)
     (gradient,) = torch.autograd.grad(loss, whole)

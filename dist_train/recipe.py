@@ -27,6 +27,7 @@ from dist_train.missing import Missing
 from dist_train.optimizer import OptimizerSettings, ScheduleSettings
 from dist_train.pretrained import config_problems
 from dist_train.recipe_file import read_values, write_values
+from dist_train.refine import RefineSettings
 from sharding.errors import UserError, UserErrors
 from sharding.rules import Case, domains, incompatible
 from sharding.saver import CheckpointSettings
@@ -109,6 +110,7 @@ class Recipe(BaseModel):
         "each clip and epoch.",
     )
     imagination: ImaginationSettings = Field(default_factory=ImaginationSettings)
+    refine: RefineSettings = Field(default_factory=RefineSettings)
     fusion: FusionSettings = Field(default_factory=FusionSettings)
     loss: LossSettings = Field(default_factory=LossSettings)
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)

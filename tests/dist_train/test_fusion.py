@@ -103,7 +103,7 @@ def test_each_clip_has_imagined_what_it_lacks_and_nothing_else(number: int) -> N
 def test_every_parameter_learns_in_one_step_of_both_flows() -> None:
     fusion, batch = network(lacks=MODALITIES), collate(clips(6))
     dropped = torch.tensor([[i % 3 == m for m in range(3)] for i in range(6)])
-    outputs = [x for flow in fusion(batch, batch, dropped) for x in flow]
+    outputs = [x for flow in fusion(batch, batch, dropped)[:2] for x in flow]
     sum(x.square().sum() for x in outputs).backward()
     assert not [name for name, p in fusion.named_parameters() if p.grad is None or not p.grad.any()]
 

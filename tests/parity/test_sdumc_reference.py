@@ -44,7 +44,7 @@ def test_equals_the_official_code(skip: Skip) -> None:
     real, simulated = reference["in.text"], reference["in.simulated"]
     heard, read, imagined, seen = (TextStates(x, full(x)) for x in (audio, real, simulated, vision))
     found = fusion(Streams(heard, read, seen), Streams(heard, imagined, seen), without_text(len(labels)))
-    flows = dict(zip(("complete", "missing"), found, strict=True))
+    flows = {"complete": found.complete, "missing": found.missing}
     for name, flow in flows.items():
         for field, value in flow._asdict().items():
             official = {"query": "text_query", "views": "text_views"}.get(field, field)
