@@ -126,6 +126,9 @@ def evaluate(
     checkpoint: Annotated[str, typer.Option(help="best, last, or the path of a checkpoint.")] = "best",
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     ranks: RanksOption = None,
+    robustness: Annotated[
+        bool, typer.Option("--robustness", help="With modalities missing (all patterns, all rates) and noisy instead.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     accept_other_base: OtherBaseOption = False,
 ) -> None:
@@ -142,7 +145,16 @@ def evaluate(
         choose_accelerator()
         from dist_train.rank import end, run_evaluation
 
-        end(run_evaluation(world, run, checkpoint, split, as_json=as_json, accept_other_base=accept_other_base))
+        code = run_evaluation(
+            world,
+            run,
+            checkpoint,
+            split,
+            as_json=as_json,
+            accept_other_base=accept_other_base,
+            robustness=robustness,
+        )
+        end(code)
     run.open()
     raise SystemExit(run_local(again(), ranks or default_ranks(), run.logs))
 

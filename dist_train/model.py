@@ -95,20 +95,25 @@ class DoubleFlow(nn.Module):
 
     def forward(self, batch: Batch) -> Flows:
         """Batch of B clips → both flows."""
-        dtype = next(self.fusion.parameters()).dtype
-        heard = self.audio(batch["audio"], batch["audio_mask"])
-        texts = self.texts(batch, heard.last.to(dtype), heard.mask)
+        whole, simulated, texts = self.streams(batch)
         if self.training and not self.compares:
             nothing = FlowOutput(*(torch.zeros_like(batch["label"]) for _ in FlowOutput._fields))
             return Flows(nothing, nothing, *texts[2:])
-        audio = present_or_zero(heard.stream.to(dtype), heard.mask, batch["audio_present"])
-        real = present_or_zero(*texts.real, batch["text_present"])
-        simulated = present_or_zero(*texts.simulated, batch["audio_present"])
-        vision = present_or_zero(batch["vision"].to(dtype), batch["vision_mask"], batch["vision_present"])
-        whole = Streams(audio, real, vision)
         left = without(whole, simulated, batch["dropped"])
         complete, missing, notes = self.fusion(whole, left, batch["dropped"], batch["label"])
         return Flows(complete, missing, *texts[2:], notes=notes)
+
+    def streams(self, batch: Batch) -> tuple[Streams, TextStates, Texts]:
+        """What fusion reads: the streams of the complete flow, and the imagined text of what lacks its own."""
+        dtype = next(self.fusion.parameters()).dtype
+        heard = self.audio(batch["audio"], batch["audio_mask"])
+        texts = self.texts(batch, heard.last.to(dtype), heard.mask)
+        whole = Streams(
+            present_or_zero(heard.stream.to(dtype), heard.mask, batch["audio_present"]),
+            present_or_zero(*texts.real, batch["text_present"]),
+            present_or_zero(batch["vision"].to(dtype), batch["vision_mask"], batch["vision_present"]),
+        )
+        return whole, present_or_zero(*texts.simulated, batch["audio_present"]), texts
 
     def texts(self, batch: Batch, frames: Tensor, mask: Tensor) -> Texts:
         """Real and simulated text of each clip, out of one pass of the language model.
