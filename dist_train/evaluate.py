@@ -50,6 +50,7 @@ class Predictions:
     asr: np.ndarray  # [n, 2] nats of the transcript given the audio, and its tokens; 0 and 0 without
     representations: dict[str, np.ndarray]
     set_aside: list[str]
+    imagined: np.ndarray | None = None  # [n, 2] with ProMMA: whether text is wanted, and whether it was imagined
 
 
 @torch.no_grad()
@@ -85,14 +86,18 @@ def predict(
         present = torch.stack([micro["audio_present"], micro["text_present"], micro["vision_present"]], 1)
         values = [micro["index"], micro["label"], flows.complete.prediction, flows.missing.prediction, present]
         asr = torch.zeros(len(micro["label"]), 2) if flows.asr is None else flows.asr
-        values += [asr, flows.complete.representation, flows.missing.representation]
+        judged = flows.notes["worth"][:, 1:] if "worth" in flows.notes else asr.new_full(asr.shape, torch.nan)
+        values += [asr, judged, flows.complete.representation, flows.missing.representation]
         arrays = [value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy() for value in values]
-        for index, label, complete, missing, has, spoken, *representations in (
+        for index, label, complete, missing, has, spoken, imagined, *representations in (
             tuple(array[row] for array in arrays) for row in np.flatnonzero(micro["real"].numpy())
         ):
             shown = [representation.copy() for representation in representations] if index < SHOWN_CLIPS else None
             rows.append(
-                (int(index), float(label), float(complete), float(missing), has.tolist(), shown, spoken.tolist())
+                (
+                    *(int(index), float(label), float(complete), float(missing), has.tolist(), shown),
+                    *(spoken.tolist(), imagined.tolist()),
+                )
             )
     rows = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row[0])
     if not rows:
@@ -113,6 +118,7 @@ def predict(
         missing=np.array([row[3] for row in rows], dtype=np.float32),
         present=np.array([row[4] for row in rows], dtype=bool),
         asr=np.array([row[6] for row in rows], dtype=np.float64),
+        imagined=None if np.isnan(rows[0][7]).any() else np.array([row[7] for row in rows]),
         representations={
             "complete": np.array([row[5][0] for row in shown_rows], np.float32).reshape(-1, REPRESENTATION_WIDTH),
             "missing": np.array([row[5][1] for row in shown_rows], np.float32).reshape(-1, REPRESENTATION_WIDTH),
@@ -135,6 +141,9 @@ def score(predictions: Predictions, train_labels: np.ndarray) -> dict[str, dict[
     nats, tokens = predictions.asr.sum(0)
     if tokens > 0:
         scores["transcription"] = {"nats_per_token": nats / tokens, "tokens": int(tokens)}
+    if predictions.imagined is not None:
+        asked, imagined = predictions.imagined.sum(0)
+        scores["imagination"] = {"wanted": int(asked), "imagined": int(imagined)}
     return scores
 
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dist_train.imagination import MIA, ImaginationSettings
-from dist_train.missing import MODALITIES, Streams, keep_where, lacked
+from dist_train.missing import MODALITIES, TEXT, Streams, keep_where, lacked
+from dist_train.promma import ProMMA
 from dist_train.refine import VGMR, RefineSettings
 from dist_train.rollout import evaluating
 
@@ -188,13 +189,26 @@ class FusionNetwork(nn.Module):
             nn.ModuleDict(
                 {
                     name: MIA(width, bottleneck, imagination.skip, MODALITIES.index(name))
-                    for name in (lacks if imagination.enabled else ())
+                    for name in (lacks if imagination.mia else ())
                 }
             )
             for width, bottleneck in (
                 (d, imagination.pooled_bottleneck),
                 (REPRESENTATION_WIDTH, imagination.views_bottleneck),
             )
+        )
+
+        self.promma = (
+            ProMMA(
+                d,
+                modalities=len(widths),
+                prompts=imagination.prompts,
+                levels=imagination.levels,
+                heads=imagination.heads,
+                dropout=dropout,
+            )
+            if imagination.promma
+            else None
         )
 
     def encode_views(self, vectors: Tensor, weights: Tensor) -> Tensor:
@@ -215,13 +229,17 @@ class FusionNetwork(nn.Module):
         Args:
             complete, missing: features [B, T, width] of audio, text and vision with their masks, True at real steps, at
                 least one per clip; padding must be finite. An absent modality is one real step of zeros.
-            dropped: bool [B, 3], the modalities that the missing flow does without; MIA acts on these.
-            labels: [B], wanted in training by VGMR, whose values learn what a modality is worth.
+            dropped: bool [B, 3], the modalities that the missing flow does without; they are imagined.
+            labels: [B], wanted in training by VGMR, whose values learn what a modality is worth, and by ProMMA, which
+                learns what imagined text is worth.
         """
         notes: dict[str, Tensor] = {}
-        if self.refine is not None and labels is not None and self.training:
-            for name, streams in (("complete", complete), ("missing", missing)):
-                notes[f"worth/{name}"] = self.worth(streams, dropped, labels, missing=name == "missing")
+        if labels is not None and self.training:
+            if self.refine is not None:
+                for name, streams in (("complete", complete), ("missing", missing)):
+                    notes[f"worth/{name}"] = self.worth(streams, dropped, labels, missing=name == "missing")
+            if self.promma is not None:
+                notes["gain"] = self.worth(missing, dropped, labels, missing=True, removed=[TEXT])[:, 0]
         if self.refine is not None:
             complete, values = self.refine(complete)
             missing, left = self.refine(missing)
@@ -238,20 +256,30 @@ class FusionNetwork(nn.Module):
         )
 
     @torch.no_grad()
-    def worth(self, streams: Streams, dropped: Tensor, labels: Tensor, *, missing: bool) -> Tensor:
-        """[B, 3]: by how much the squared error of this flow grows without each modality (VGMR's delta).
+    def worth(
+        self,
+        streams: Streams,
+        dropped: Tensor,
+        labels: Tensor,
+        *,
+        missing: bool,
+        removed: Sequence[int] = range(len(MODALITIES)),
+    ) -> Tensor:
+        """[B, len(removed)]: by how much the squared error of this flow grows without each modality (VGMR's delta).
 
-        Three fusion passes more, and one over everything: all four without dropout, whose noise would drown the
-        difference. The language model does not run again.
+        A fusion pass for each, and one over everything: all without dropout, whose noise would drown the difference.
+        The language model does not run again.
         """
         errors = []
         with evaluating(self):
-            for removed in (None, *range(len(streams))):
+            for gone in (None, *removed):
                 nobody = torch.zeros_like(dropped[:, 0])
                 left = (
-                    keep_where(stream, nobody) if number == removed else stream for number, stream in enumerate(streams)
+                    keep_where(stream, nobody) if number == gone else stream for number, stream in enumerate(streams)
                 )
-                refined, _ = self.refine(Streams(*left))  # type: ignore[misc]
+                refined = Streams(*left)
+                if self.refine is not None:
+                    refined, _ = self.refine(refined)
                 output = self.flow(self.project(refined), [stream.mask for stream in refined], dropped, missing=missing)
                 errors.append((output.prediction.float() - labels.float()).square())
         return torch.stack([error - errors[0] for error in errors[1:]], 1)
@@ -263,7 +291,9 @@ class FusionNetwork(nn.Module):
     def flow(
         self, sequences: Sequence[Tensor], masks: Sequence[Tensor], dropped: Tensor, *, missing: bool
     ) -> FlowOutput:
-        """One flow over projected audio, text and vision [B, T, d]; MIA acts in the missing flow only."""
+        """One flow over projected audio, text and vision [B, T, d]; nothing is imagined in the complete flow."""
+        if self.promma is not None:
+            sequences, masks, _ = self.promma(sequences, masks, dropped if missing else torch.zeros_like(dropped))
         pooled = [umca(x, m) for umca, x, m in zip(self.pooled_attention, sequences, masks, strict=True)]
         if missing:
             pooled = imagine(self.pooled_imagination, pooled, dropped)

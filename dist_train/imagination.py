@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 Skip = Literal["text", "transition"]
 
 
 class ImaginationSettings(BaseModel):
-    """The imagination modules of the missing flow: two for each modality that it may lack."""
+    """How the missing flow makes up for what it lacks."""
 
     model_config = ConfigDict(extra="forbid")
 
-    enabled: bool = Field(default=True, description="Apply MIA-1 and MIA-2 in the missing flow. Default: true.")
+    kind: Literal["mia", "promma"] = Field(
+        default="mia",
+        description="`mia` (SDUMC): two modules for each modality that may be missing, MIA-1 and MIA-2. `promma`: "
+        "prompts, weights by mutual information, and an evaluator that judges whether imagining a clip's text is worth "
+        "it. `imagination: promma` is short for imagination.kind. Default: mia.",
+    )
+    enabled: bool = Field(default=True, description="Apply any of it. Default: true.")
     skip: Skip = Field(
         default="text",
         description="Start of the residual connection: `text` (what comes in for the missing modality: the simulated "
@@ -33,6 +39,32 @@ class ImaginationSettings(BaseModel):
         ge=1,
         description="Width of the bottleneck of MIA-2, which acts on the seven text views. Default: 64.",
     )
+    prompts: int = Field(default=4, ge=1, description="With `promma`: shared prompts, and as many private ones.")
+    levels: int = Field(default=2, ge=1, description="With `promma`: layers of self-attention in each modality.")
+    heads: int = Field(default=4, ge=1, description="With `promma`: attention heads; divides fusion.width.")
+    threshold: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="With `promma`: at inference text is imagined for clips that are judged worth it with at least this "
+        "probability. 0: for all.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def short(cls, value: Any) -> Any:
+        """`imagination: promma` is `imagination: {kind: promma}`."""
+        return {"kind": value} if isinstance(value, str) else value
+
+    @property
+    def mia(self) -> bool:
+        """Whether there are MIA modules."""
+        return self.enabled and self.kind == "mia"
+
+    @property
+    def promma(self) -> bool:
+        """Whether there are ProMMA's parts."""
+        return self.enabled and self.kind == "promma"
 
 
 class MIA(nn.Module):

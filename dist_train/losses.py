@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.fusion import FlowOutput
 
@@ -67,6 +68,12 @@ class LossSettings(BaseModel):
         gt=0,
         description="With `refine: vgmr`: growth of the squared error without a modality, in labels squared, that asks "
         "for a value of 0.73. Default: 0.5.",
+    )
+    worth: float = Field(
+        default=0.1,
+        ge=0,
+        description="With `imagination: promma`: weight of the evaluator's cross-entropy on whether imagined text "
+        "lowered the error. Default: 0.1.",
     )
     epsilon: float = Field(
         default=1e-12,
@@ -173,6 +180,18 @@ def value_spread_loss(estimates: Tensor, spread: Tensor) -> Tensor:
     return torch.stack(hinges).mean()
 
 
+def worth_loss(worth: Tensor, gain: Tensor) -> Tensor:
+    """Cross-entropy of ProMMA's evaluator in nats, mean over the clips it is asked about; 0 if there are none.
+
+    Args:
+        worth: [n, 3] logit, whether the clip counts, and what is not looked at.
+        gain: [n] by how much the squared error is smaller with the imagined text; its sign is the pseudo-label.
+    """
+    logit = _exact(worth[:, 0])
+    surprise = binary_cross_entropy_with_logits(logit, (gain > 0).to(logit.dtype), reduction="none")
+    return (surprise * worth[:, 1]).sum() / worth[:, 1].sum().clamp(min=1)
+
+
 def double_flow_loss(
     complete: FlowOutput,
     missing: FlowOutput,
@@ -195,7 +214,7 @@ def double_flow_loss(
 
     Returns:
         The scalar loss and ``{"mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"}``, all attached to the graph;
-        0 and no terms if all six weights are 0. With VGMR also "value" and "value_spread".
+        0 and no terms if all six weights are 0. With VGMR also "value" and "value_spread", with ProMMA "worth".
     """
     if not settings.compares_flows:
         return labels.new_zeros(()), {}
@@ -218,4 +237,6 @@ def double_flow_loss(
             of = [value_loss(estimates, worth, settings.value_temperature) for estimates, worth, _ in sides]
             terms["value"] = torch.stack(of).mean()
             terms["value_spread"] = torch.stack([value_spread_loss(seen, spread) for seen, _, spread in sides]).mean()
+    if "gain" in notes and "worth" in notes:
+        terms["worth"] = worth_loss(notes["worth"], notes["gain"].detach())
     return sum(getattr(settings, name) * term for name, term in terms.items()), terms

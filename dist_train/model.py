@@ -18,6 +18,7 @@ from dist_train.missing import TEXT, Streams, lacking_modalities, present_or_zer
 from dist_train.packed import TextStates, Tokens
 from dist_train.phases import phase
 from dist_train.projector import Projector, load_projector
+from dist_train.promma import Evaluator
 from dist_train.recipe import Recipe
 
 
@@ -47,6 +48,19 @@ class Texts(NamedTuple):
     passages: Tensor
     asr: Tensor | None
     answers: Tokens | None
+
+
+class Inputs(NamedTuple):
+    """What fusion reads of B clips: the streams of the complete flow, the imagined text, and what else is said of them.
+
+    notes: `worth`, of ProMMA: [B, 3] the evaluator's logit, whether the clip's text is wanted at all, and whether it is
+    imagined.
+    """
+
+    whole: Streams
+    simulated: TextStates
+    texts: Texts
+    notes: dict[str, Tensor]
 
 
 class DoubleFlow(nn.Module):
@@ -91,41 +105,56 @@ class DoubleFlow(nn.Module):
             lacking_modalities(recipe.missing),
             recipe.refine,
         )
+        self.threshold = recipe.imagination.threshold
+        self.evaluator = (
+            Evaluator((self.audio.width, recipe.widths.vision), recipe.fusion.width)
+            if recipe.imagination.promma and simulates
+            else None
+        )
         self.fusion.requires_grad_(self.compares)  # in projector pre-training no loss reaches it
 
     def forward(self, batch: Batch) -> Flows:
         """Batch of B clips → both flows."""
-        whole, simulated, texts = self.streams(batch)
+        whole, simulated, texts, judged = self.streams(batch)
         if self.training and not self.compares:
             nothing = FlowOutput(*(torch.zeros_like(batch["label"]) for _ in FlowOutput._fields))
             return Flows(nothing, nothing, *texts[2:])
         left = without(whole, simulated, batch["dropped"])
         complete, missing, notes = self.fusion(whole, left, batch["dropped"], batch["label"])
-        return Flows(complete, missing, *texts[2:], notes=notes)
+        return Flows(complete, missing, *texts[2:], notes={**notes, **judged})
 
-    def streams(self, batch: Batch) -> tuple[Streams, TextStates, Texts]:
-        """What fusion reads: the streams of the complete flow, and the imagined text of what lacks its own."""
+    def streams(self, batch: Batch) -> Inputs:
+        """What fusion reads, and what else the language model says."""
         dtype = next(self.fusion.parameters()).dtype
         heard = self.audio(batch["audio"], batch["audio_mask"])
-        texts = self.texts(batch, heard.last.to(dtype), heard.mask)
-        whole = Streams(
-            present_or_zero(heard.stream.to(dtype), heard.mask, batch["audio_present"]),
-            present_or_zero(*texts.real, batch["text_present"]),
-            present_or_zero(batch["vision"].to(dtype), batch["vision_mask"], batch["vision_present"]),
-        )
-        return whole, present_or_zero(*texts.simulated, batch["audio_present"]), texts
+        audio = present_or_zero(heard.stream.to(dtype), heard.mask, batch["audio_present"])
+        vision = present_or_zero(batch["vision"].to(dtype), batch["vision_mask"], batch["vision_present"])
+        notes: dict[str, Tensor] = {}
+        imagines = batch["audio_present"]
+        if self.evaluator is not None:
+            worth = self.evaluator([audio, vision]).float()
+            asked = batch["audio_present"] & batch["dropped"][:, TEXT]
+            if not self.training:
+                imagines = imagines & (worth.sigmoid() >= self.threshold)
+            notes = {"worth": torch.stack([worth, asked.float(), (asked & imagines).float()], 1)}
+        texts = self.texts(batch, heard.last.to(dtype), heard.mask, imagines)
+        whole = Streams(audio, present_or_zero(*texts.real, batch["text_present"]), vision)
+        return Inputs(whole, present_or_zero(*texts.simulated, imagines), texts, notes)
 
-    def texts(self, batch: Batch, frames: Tensor, mask: Tensor) -> Texts:
+    def texts(self, batch: Batch, frames: Tensor, mask: Tensor, imagines: Tensor) -> Texts:
         """Real and simulated text of each clip, out of one pass of the language model.
 
         The complete flow and ASR read the transcript in segments of their own: the missing flow cannot see it.
+
+        Args:
+            imagines: bool [B], clips whose text is imagined if they lack it.
         """
         flows = self.compares or not self.training
         text = Tokens(batch["text"], batch["text_mask"])
         audio = None if self.projector is None else self.projector(frames, mask)
         wanted = batch["audio_present"] & batch["real"]
         whole = wanted & batch["text_present"]
-        wanted = wanted & batch["dropped"][:, TEXT]
+        wanted = wanted & batch["dropped"][:, TEXT] & imagines
         blocks: dict[str, Block] = {}
         answers = said = None
         if flows and self.text_features is None:

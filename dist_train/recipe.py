@@ -191,6 +191,12 @@ class Recipe(BaseModel):
                 f"imagines text, which no flow lacks (missing: {self.missing})",
                 "Write simulation.rollout: none, or missing: random.",
             )
+        if self.imagination.promma and self.fusion.width % self.imagination.heads:
+            yield UserError(
+                "imagination.heads",
+                f"is {self.imagination.heads}, which does not divide fusion.width = {self.fusion.width}",
+                "Write a divisor of it.",
+            )
         if self.simulation.projector is not None and self.simulation.rollout == "none":
             yield UserError("simulation.projector", "is of no use where simulation.rollout is none", "Leave it out.")
         if self.loss.asr > 0 and self.simulation.rollout == "none":

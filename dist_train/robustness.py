@@ -148,7 +148,7 @@ def under_all(
     model: DoubleFlow, batch: Any, index: Sequence[int]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Predictions and values of a micro-batch by condition."""
-    whole, simulated, _ = model.streams(batch)
+    whole, simulated, *_ = model.streams(batch)
     text = batch["dropped"]
     predicted: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}

@@ -29,6 +29,9 @@ def scores_table(scores: dict[str, Any], title: str, missing: str = "text") -> T
     for name, shown in NAMES.items():
         values = [scores[part].get(name) for part in ("complete", "missing", "gap", "floor")]
         table.add_row(shown, *("–" if value is None else f"{value:.3f}" for value in values))
+    if "imagination" in scores:
+        counts = scores["imagination"]
+        table.add_row("clips whose text was imagined", "–", f"{counts['imagined']} of {counts['wanted']}", "–", "–")
     if "transcription" in scores:
         table.add_row("transcript (nats/token)", "–", f"{scores['transcription']['nats_per_token']:.3f}", "–", "–")
     return table
