@@ -215,15 +215,21 @@ class Drop(wavlm.Dropout):
         self.generator = None
 
 
-def varlen_kernel(query: Tensor, dropout: float) -> Callable[..., Tensor] | None:
+def varlen_kernel(query: Tensor, dropout: float, softcap: float | None = None) -> Callable[..., Tensor] | None:
     """`packed.varlen_kernel` for a GPU from Ampere on."""
-    return varlen if query.dtype == torch.bfloat16 else None
+    return varlen if query.dtype == torch.bfloat16 and softcap is None else None
 
 
 def varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: packing.Segments, dropout: float, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: packing.Segments,
+    dropout: float,
+    scale: float | None,
+    window: int | None = None,
 ) -> Tensor:
-    """Flash attention over segments [N, heads, D] without padding."""
+    """Flash attention over segments [N, heads, D] without padding; what a window spares is counted all the same."""
     shared = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (key, value))
     offsets, longest = segments.offsets, segments.longest

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, WavLMConfig, WavLMModel
 
-from dist_train.audio import build_wavlm
+from dist_train.audio import build_encoder
 from dist_train.build import build_model
 from dist_train.pretrained import LOAD_ERRORS, cannot_load, layer_problems
 from sharding.errors import UserError
@@ -86,7 +86,7 @@ def drawn(run: Run, part: Part) -> Base:
     recipe.audio.quantisation = recipe.text.quantisation = "none"
     if part == "audio":
         torch.manual_seed(recipe.seed)  # WavLM is the first that draws
-        model: Any = build_wavlm(recipe.audio, recipe.dtype)
+        model: Any = build_encoder(recipe.audio, recipe.dtype)
         config: PretrainedConfig = model.config
         weights = dict(model.state_dict())
     else:
