@@ -28,7 +28,7 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 
 CONVOLUTIONS: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 24,
-    "conv_dim": [8] * 7, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
+    "conv_dim": [8] * 7, "initializer_range": 0.2, "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2,
     "hidden_dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "feat_proj_dropout": 0.0,
 }  # fmt: skip
 LARGE = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True}
@@ -43,7 +43,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "whisper": {
         "model_type": "whisper", "d_model": 16, "encoder_layers": 3, "encoder_attention_heads": 2,
         "encoder_ffn_dim": 24, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 24,
-        "num_mel_bins": 80, "max_source_positions": 1500, "vocab_size": 64,
+        "init_std": 0.2, "num_mel_bins": 80, "max_source_positions": 1500, "vocab_size": 64,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
     },
 }  # fmt: skip

@@ -9,10 +9,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,14 +31,20 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from dist_train import decoder, packed
 from dist_train.audio import AudioEncoder, AudioSettings
+from dist_train.build import build_collator, build_model
 from dist_train.decoder import check_packs, check_plain
+from dist_train.global_loss import pack
 from dist_train.llm import Block, load_tokenizer
 from dist_train.packed import Tokens
+from dist_train.plan import Planner
+from dist_train.plan_model import Clip
 from dist_train.recipe import validate
 from sharding.errors import UserError, UserErrors
+from sharding.hardware import PROFILES
 from tests import tiny
-from tests.dist_train import tiny_llm
+from tests.dist_train import tiny_llm, work_backbones
 from tests.dist_train.backbones import ENCODERS, LANGUAGE_MODELS
+from tests.ranks import run_ranks
 
 LENGTHS = (6, 1, 11, 4)
 
@@ -165,7 +174,7 @@ def clips(count: int = 4) -> list[Tensor]:
     return [torch.randn(int(torch.randint(2500, 9000, ()))) * 0.3 + 0.1 for _ in range(count)]
 
 
-def pad(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
+def padded(waveforms: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Padding is loud: only the mask can keep it out."""
     padded = pad_sequence(waveforms, batch_first=True, padding_value=7.0)
     return padded, torch.arange(padded.shape[1]) < torch.tensor([len(x) for x in waveforms])[:, None]
@@ -209,7 +218,7 @@ def test_an_encoder_hears_each_clip_as_the_stock_one_does_alone(encoder: dict[st
     kind = encoder["model_type"]
     assert made.model.config.model_type == made.kind == kind
     with torch.no_grad():
-        stream, last, mask = made(*pad(chosen))
+        stream, last, mask = made(*padded(chosen))
         for row, clip in enumerate(chosen):
             states, output = heard_by_stock(made.model.config, made.model.state_dict(), clip)
             assert int(mask[row].sum()) == output.shape[1] and mask[row, : output.shape[1]].all()
@@ -259,7 +268,7 @@ def test_all_that_is_trained_learns_and_checkpointing_changes_nothing(
         for checkpoints in (False, True)
     )
     saving.load_state_dict(made.state_dict())
-    batch = pad(clips())
+    batch = padded(clips())
     weight: list[Tensor] = []
     for one in (made, saving):
         states = one(*batch)
@@ -292,7 +301,7 @@ def test_pretrained_encoders_are_known_by_their_files(encoder: dict[str, Any], t
     weights = (stock.get_encoder() if encoder["model_type"] == "whisper" else stock).state_dict()
     assert weights.keys() == made.model.state_dict().keys()
     assert all(torch.equal(value, made.model.state_dict()[name]) for name, value in weights.items())
-    batch = pad(clips())
+    batch = padded(clips())
     before = made(*batch).last
     assert torch.equal(made(*batch).last, before)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False}))
@@ -328,6 +337,43 @@ def test_what_an_encoder_cannot_do_is_refused(tmp_path: Path) -> None:
         AudioEncoder(AudioSettings(pretrained=str(tmp_path)), minimum_frames=1, needs_last=True)
 
 
+@pytest.mark.parametrize(
+    ("text", "audio"),
+    [("qwen2", "hubert"), ("gemma2", "whisper"), ("gemma3", "wav2vec2 base"), ("mistral", "wavlm base")],
+)
+def test_what_is_planned_is_what_is_computed(
+    text: str, audio: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """FLOPs of a micro-step, decoding among them, and its memory, of tensors without data and of real ones."""
+    recipe = work_backbones.recipe(
+        text, audio, "lora", simulation={"rollout": "generate"}, widths={"vision": tiny.VISION_WIDTH}
+    )
+    rng = np.random.default_rng()
+    samples = [{"key": str(i), "index": i, "real": True, **tiny.clip(rng)} for i in range(4)]
+    model = build_model(recipe, tokenizer).train()
+    batch = build_collator(recipe, tokenizer, model)(samples)
+    batch.pop("set_aside")  # type: ignore[misc]
+    batch["answer"] = torch.full((4, 3), 5)
+    batch["answer_mask"] = torch.ones(4, 3, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        rows = pack(model(batch), batch).rows
+        (rows * torch.randn_like(rows)).sum().backward()
+    masks: Any = batch
+    seen = [[int(masks[f"{name}_mask"][row].sum()) for name in ("audio", "text", "vision")] for row in range(4)]
+    clips = [Clip(audio, words, frames, 3) for audio, words, frames in seen]
+    planner = Planner(recipe, tokenizer, PROFILES["cpu"], 1, 1)
+    assert [(w.elements, w.trained) for w in planner.weights] == [
+        (p.numel(), p.requires_grad) for p in model.parameters()
+    ]
+    trace = planner.trace(clips, 4, zero3=False).trace
+    planned = trace.flops(phase="forward") + trace.flops(phase="backward")
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert trace.flops(phase="decode") > 0
+    assert planner.trace(clips, 4, zero3=True).trace.peak() > 0
+    gpu = Planner(recipe, tokenizer, PROFILES["h100"], 1, 1)
+    assert gpu.trace(clips, 4, zero3=True).trace.flops(phase="forward") > 0
+
+
 # Each kind is in one of them; both parts are adapted, or trained whole.
 TRAINED = [
     ("qwen2", "hubert", "lora"),
@@ -340,11 +386,13 @@ TRAINED = [
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_they_train_alike_in_zero_2_and_3(tmp_path: Path) -> None:
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_they_train_alike_in_zero_2_and_3(tuning: str, tmp_path: Path) -> None:
     """Losses that fall, a gradient for every trainable, trainables that move; the answers are decoded."""
     seed = int(np.random.default_rng().integers(2**31))
-    found = run_ranks("trained", 2, tmp_path, module="tests.dist_train.work_backbones", seed=seed, pairs=TRAINED)
+    pairs = [pair for pair in TRAINED if pair[2] == tuning]
+    found = run_ranks("trained", 2, tmp_path, module="tests.dist_train.work_backbones", seed=seed, pairs=pairs)
     for name, stages in found.items():
         for losses in stages["losses"].values():
             assert losses[-1] < losses[0], (name, losses)
