@@ -60,6 +60,40 @@ def logits_of(causal: Any, states: Tensor) -> Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
+def check_length(config: PretrainedConfig, longest: int) -> None:
+    """Refuses rows for which the model has no positions, or whose length would change those of the others.
+
+    Learned positions end somewhere; factors of dynamic and longrope positions hang on the longest row of a pass.
+
+    Args:
+        longest: positions of the longest row.
+
+    Raises:
+        UserError: it is too long.
+    """
+    limit = position_limit(config)
+    if limit is not None and longest > limit:
+        raise UserError(
+            "text",
+            f"this {config.model_type} has positions for {limit} tokens and frames, a clip takes {longest}",
+            "Lower audio.max_seconds, text.max_tokens or simulation.max_new_tokens, or use another language model.",
+        )
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """Positions up to which those of a row do not hang on other rows; None: any number."""
+    whole: int | None = getattr(config, "max_position_embeddings", None)
+    rotary = getattr(config, "rope_parameters", None)
+    if not rotary:
+        return whole
+    each = [rotary, *(part for part in rotary.values() if isinstance(part, dict))]
+    found = next((part for part in each if part.get("rope_type") in ("dynamic", "longrope")), None)
+    if found is None:
+        return None
+    first = "original_max_position_embeddings"
+    return found.get(first) or getattr(config, first, None) or whole
+
+
 def check_packs(config: PretrainedConfig, where: str) -> None:
     """Tries whether a model of this configuration gives the right states and logits in a packed pass.
 

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dist_train.adapters import OUTPUT, Tuning, TuningSettings, apply_tuning
-from dist_train.decoder import check_packs, check_plain, layers_of, logits_of, norm_of
+from dist_train.decoder import check_length, check_packs, check_plain, layers_of, logits_of, norm_of
 from dist_train.packed import NAME, TextStates, Tokens, leave_before, pack, spread, take
 from dist_train.pretrained import LOAD_ERRORS, cannot_load, config_problems, load_config, load_model, make_config
 from dist_train.quantise import check_quantised, loading_config, quantise
@@ -243,6 +243,7 @@ class LanguageModel(nn.Module):
         rows = [len(x.mask) for x in inputs]
         staying = sum(count for count, block in zip(rows, blocks, strict=True) if block.whole_way)
         packed, segments = pack(inputs, staying or None)  # the upper layers cannot run on nothing
+        check_length(self.causal.config, segments.longest)
         states = self.causal.get_decoder()(
             inputs_embeds=packed,
             position_ids=segments.positions,

@@ -156,6 +156,27 @@ def test_what_cannot_be_right_in_a_packed_pass_is_refused(kind: str, changes: di
             check_plain(config, "text.pretrained")
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("opt", {"ffn_dim": 24, "word_embed_proj_dim": 16}),  # learned positions
+        (
+            "llama",
+            {"intermediate_size": 24, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}},
+        ),
+    ],
+)
+def test_rows_longer_than_the_positions_are_refused(
+    kind: str, changes: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Otherwise a long row would end in an error of an index, or change what the others are."""
+    config = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 12}
+    model = tiny_llm.build(tokenizer, {"rollout": "prefix"}, config={"model_type": kind, **config, **changes})
+    assert tiny_llm.imagine(model, tiny_llm.ragged_audio(12, 3))[0].mask.sum() == 15
+    with pytest.raises(UserError, match=rf"this {kind} has positions for 12 tokens and frames, a clip takes 13"):
+        tiny_llm.imagine(model, tiny_llm.ragged_audio(13, 3))
+
+
 def test_a_tokenizer_without_bos(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """As Qwen's: transcripts begin with EOS, the prompt with nothing."""
     made = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer.backend_tokenizer), eos_token="</s>")
