@@ -14,7 +14,8 @@ from sharding.errors import UserError
 
 Tuning = Literal["frozen", "full", "lora", "dora", "vera"]
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")  # as Llama and WavLM name them
+# As Llama, speech encoders, Phi and GPT-NeoX name them.
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "qkv_proj", "query_key_value")
 OUTPUT = {"lm_head"}  # a language model's output layer: it serves decoding, no loss reaches it
 TRAINED = ("lora_", "vera_lambda_")  # in the names of an adapter's parameters
 
@@ -30,7 +31,7 @@ class AdapterSettings(BaseModel):
         None,
         min_length=1,
         description="Names of the linear layers that get an adapter. "
-        "Default: the attention projections, q_proj, k_proj, v_proj and o_proj (out_proj in WavLM).",
+        "Default: the attention projections, q_proj, k_proj, v_proj and o_proj (out_proj in speech encoders).",
     )
 
 

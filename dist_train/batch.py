@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dist_train.audio import SAMPLE_RATE, AudioSettings
 from dist_train.llm import TextSettings
 from dist_train.missing import Missing, drop
+from dist_train.tokenizer import start_id
 from sharding.errors import UserError
 from sharding.shuffle import Window
 
@@ -229,7 +230,7 @@ class Collator:
         audio_width = None if self.audio.input == "waveform" else self.widths["audio"]
         text_width = None if self.text.input == "transcript" else self.widths["text"]
         a, am, ap = pad(audio, audio_width, self.minimum_audio)
-        t, tm, tp = pad(text, text_width, 1, fill=self.tokenizer.bos_token_id if text_width is None else 0)
+        t, tm, tp = pad(text, text_width, 1, fill=start_id(self.tokenizer) if text_width is None else 0)
         v, vm, vp = pad([sample["vision"] for sample in samples], self.widths["vision"], 1)
         made = Batch(
             audio=a, audio_mask=am, audio_present=ap,
@@ -245,13 +246,13 @@ class Collator:
         return made
 
     def tokens(self, sample: dict[str, Any]) -> np.ndarray | None:
-        """Token ids [L] of the transcript, BOS kept, or the text features [L, D], or None."""
+        """Token ids [L] of the transcript, BOS first, or the text features [L, D], or None."""
         if self.text.input == "features":
             return sample["text_features"]
         if sample["text"] is None:
             return None
         ids = self.tokenizer(sample["text"], add_special_tokens=False, verbose=False).input_ids
-        return np.asarray([self.tokenizer.bos_token_id, *ids])
+        return np.asarray([start_id(self.tokenizer), *ids])
 
 
 def pad(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,19 +14,23 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlamaTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from dist_train.adapters import OUTPUT, Tuning, TuningSettings, apply_tuning
+from dist_train.decoder import check_length, check_packs, check_plain, layers_of, logits_of, norm_of
 from dist_train.packed import NAME, TextStates, Tokens, leave_before, pack, spread, take
-from dist_train.pretrained import LOAD_ERRORS, cannot_load, load_model
+from dist_train.pretrained import LOAD_ERRORS, cannot_load, config_problems, load_config, load_model, make_config
 from dist_train.quantise import check_quantised, loading_config, quantise
 from dist_train.rollout import SimulationSettings, answer, decode, sharded
+from dist_train.tokenizer import start_id
 from sharding.errors import UserError
+
+LLAMA = "llama"  # `model_type` where text.config names none
 
 
 class TextSettings(TuningSettings):
@@ -41,11 +45,14 @@ class TextSettings(TuningSettings):
         None, description="Local folder or hub id of a causal language model, e.g. lmsys/vicuna-7b-v1.5. Default: none."
     )
     config: dict[str, Any] | None = Field(
-        None, description="Fields of transformers.LlamaConfig for a randomly initialised model. Default: none."
+        None,
+        description="Fields of the configuration of a randomly initialised model: `model_type` (of transformers; "
+        "default llama) and those that it has. Default: none.",
     )
     tokenizer: str | None = Field(
         None,
-        description="Local folder, hub id or SentencePiece file of a Llama tokenizer. Default: that of `pretrained`; "
+        description="Local folder or hub id of a tokenizer, or a SentencePiece file of Llama's. Where it has no BOS, "
+        "as Qwen's, transcripts begin with its EOS and the prompt with nothing. Default: that of `pretrained`; "
         "with `config`, one is trained on the training transcripts.",
     )
     vocabulary: int = Field(1024, ge=300, description="Number of tokens of a tokenizer trained on the transcripts.")
@@ -97,7 +104,8 @@ class LanguageModel(nn.Module):
     """A causal language model with its tokenizer's special ids.
 
     Real text: hidden states over the transcript. Imagined text: hidden states over [projected audio ; BOS +
-    prompt ; answer], the answer decoded first. Both go through the decoder in one packed pass.
+    prompt ; answer], the answer decoded first. Both go through the decoder in one packed pass. Where the tokenizer has
+    no BOS the prompt goes without.
 
     Args:
         transcribes: an ASR loss reads `transcription`.
@@ -120,13 +128,15 @@ class LanguageModel(nn.Module):
         self.width: int = self.causal.config.hidden_size
         self.simulation = simulation
         self.eos, self.pad = tokenizer.eos_token_id, pad_id(tokenizer)
-        prompt = [tokenizer.bos_token_id, *tokenizer(simulation.prompt, add_special_tokens=False).input_ids]
+        prompt = tokenizer(simulation.prompt, add_special_tokens=False).input_ids
+        if tokenizer.bos_token_id is not None or not prompt:
+            prompt = [start_id(tokenizer), *prompt]
         self.prompt: Tensor
         self.register_buffer("prompt", torch.tensor(prompt), persistent=False)
         self.check_layers(settings)
         apply_tuning(self.causal, settings, where="text")
         self.freeze_unreached(settings, transcribes=transcribes)
-        leave_before(self.causal.get_decoder().layers[max(self.imagined_layer, 1) :])
+        leave_before(layers_of(self.causal)[max(self.imagined_layer, 1) :])
         self.trained = settings.tuning != "frozen"
         self.checkpoints = settings.activation_checkpointing
         if self.checkpoints:
@@ -159,12 +169,13 @@ class LanguageModel(nn.Module):
     @property
     def imagined_layer(self) -> int:
         """Decoder layers below the imagined text's states."""
-        count = len(self.causal.get_decoder().layers)
+        count = self.causal.config.num_hidden_layers
         return self.simulation.layer % (count + 1) if self.simulation.rollout != "none" else 0
 
     def freeze_unreached(self, settings: TextSettings, *, transcribes: bool) -> None:
         """No gradient for what no loss reaches: ZeRO-3 would apply old gradients to it."""
-        decoder, embeddings = self.causal.get_decoder(), self.causal.get_input_embeddings()
+        layers, norm = layers_of(self.causal), norm_of(self.causal)
+        embeddings = self.causal.get_input_embeddings()
         output = self.causal.get_output_embeddings()
         if transcribes:
             return  # transcripts are read and spoken: everything is reached
@@ -173,8 +184,9 @@ class LanguageModel(nn.Module):
         if settings.input == "transcript":
             return
         reached = self.imagined_layer
-        decoder.layers[reached:].requires_grad_(False)
-        decoder.norm.requires_grad_(decoder.norm.weight.requires_grad and reached == len(decoder.layers))
+        layers[reached:].requires_grad_(False)
+        if reached < len(layers):
+            norm.requires_grad_(False)
         if not self.simulation.decodes:
             embeddings.requires_grad_(False)
 
@@ -182,7 +194,7 @@ class LanguageModel(nn.Module):
         """Sets training mode; a frozen model stays in evaluation mode."""
         super().train(mode and self.trained)
         if self.checkpoints:  # transformers asks the layers' own flag; what is inside them keeps its mode
-            for layer in self.causal.get_decoder().layers:
+            for layer in layers_of(self.causal):
                 layer.training = mode
         return self
 
@@ -231,6 +243,7 @@ class LanguageModel(nn.Module):
         rows = [len(x.mask) for x in inputs]
         staying = sum(count for count, block in zip(rows, blocks, strict=True) if block.whole_way)
         packed, segments = pack(inputs, staying or None)  # the upper layers cannot run on nothing
+        check_length(self.causal.config, segments.longest)
         states = self.causal.get_decoder()(
             inputs_embeds=packed,
             position_ids=segments.positions,
@@ -289,7 +302,7 @@ class LanguageModel(nn.Module):
         """[B, 2] fp32: negative log-likelihood of the transcript in nats, and its number of tokens; 0 and 0 where
         `whole` [B] is False (SLAM-ASR, arXiv 2402.08846).
         """
-        logits = self.causal.get_output_embeddings()(take(*spoken.layer(-1)))  # nowhere else
+        logits = logits_of(self.causal, take(*spoken.layer(-1)))  # nowhere else
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         surprise = nn.functional.cross_entropy(exact, take(*said), reduction="none")
         return torch.stack([spread(surprise, said.mask).sum(1), said.mask.sum(1).to(exact.dtype)], 1) * whole[:, None]
@@ -316,7 +329,7 @@ def build_causal_lm(
         dtype: of its weights if they are loaded, and of the arithmetic of quantised layers.
 
     Raises:
-        UserError: for a model that cannot be loaded.
+        UserError: for a model that cannot be loaded, or whose packed pass would not be right.
     """
     if settings.pretrained is None:
         special = {
@@ -325,9 +338,12 @@ def build_causal_lm(
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": pad_id(tokenizer),
         }
-        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**{**special, **(settings.config or {})}))
+        config = make_config({**special, **(settings.config or {})}, LLAMA)
+        check_packs(config, "text.config")
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
         quantise(model, settings.quantisation, settings.int8_threshold, dtype, skip=OUTPUT)
     else:
+        check_packs(load_config("text.pretrained", settings.pretrained), "text.pretrained")
         model = load_model(
             AutoModelForCausalLM,
             "text.pretrained",
@@ -346,6 +362,19 @@ def build_causal_lm(
     return model
 
 
+def text_problems(config: dict[str, Any]) -> Iterator[UserError]:
+    """What is wrong with the fields of `text.config`."""
+
+    def build(made: PretrainedConfig) -> nn.Module:
+        check_plain(made, "text.config")
+        model: nn.Module = AutoModelForCausalLM.from_config(made)
+        return model
+
+    words = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
+    kinds = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    yield from config_problems(config, "text.config", kinds, LLAMA, build, lambda _: words)
+
+
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Llama tokenizers have no padding token: padded positions are masked, so the end token serves."""
     return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -355,13 +384,13 @@ def load_tokenizer(name: str, where: str = "text.tokenizer") -> PreTrainedTokeni
     """A tokenizer from a folder, a hub id, or a SentencePiece `.model` file of Llama.
 
     Raises:
-        UserError: if it cannot be loaded or has no BOS and EOS tokens.
+        UserError: if it cannot be loaded or has no EOS token.
     """
     kind: Any = LlamaTokenizer if Path(name).is_file() else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(name, trust_remote_code=False)
     except LOAD_ERRORS as error:
         raise cannot_load(where, name, error) from None
-    if tokenizer.bos_token_id is None or tokenizer.eos_token_id is None:
-        raise UserError("text.tokenizer", f"{name!r} has no BOS or EOS token", "Use a Llama-type tokenizer.")
+    if tokenizer.eos_token_id is None:
+        raise UserError(where, f"{name!r} has no EOS token", "Use the tokenizer of a causal language model.")
     return tokenizer

@@ -20,8 +20,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from sharding.errors import UserError
-
 NAME = "packed"  # of the attention implementation, in transformers' registry
 LEAST_FILLED = 0.8  # of a group's width by its shortest segment: more groups cost launches, fewer cost padding
 
@@ -133,11 +131,11 @@ def _leave(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     if segments is None or segments.staying is None:
         return None
     count = sum(segments.upper.lengths)
-    changes = {
-        "segments": segments.upper,
-        "position_ids": kwargs["position_ids"][:, :count],
-        "position_embeddings": tuple(x[:, :count] for x in kwargs["position_embeddings"]),
-    }
+    changes: dict[str, Any] = {"segments": segments.upper}
+    if kwargs.get("position_ids") is not None:
+        changes["position_ids"] = kwargs["position_ids"][:, :count]
+    if kwargs.get("position_embeddings") is not None:
+        changes["position_embeddings"] = tuple(x[:, :count] for x in kwargs["position_embeddings"])
     return (args[0][:, :count], *args[1:]), kwargs | changes
 
 
@@ -161,49 +159,92 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
     segments: Segments | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment; without segments (decoding) transformers' own sdpa.
+    """Causal attention inside each segment; without segments (decoding) attention under transformers' mask.
 
     Args:
         module: the attention layer.
         query: [1, heads, N, D].
         key, value: [1, key heads, N, D].
         segments: of the packed sequence.
+        sliding_window: positions that a query sees, its own among them; None: all before it.
+        softcap: c in c · tanh(score / c), Gemma 2's (arXiv 2408.00118 §2); None: scores as they are.
 
     Returns:
         [1, N, heads, D].
-
-    Raises:
-        UserError: a segment is longer than the model's attention window.
     """
     if segments is None:
+        if softcap is not None:
+            return capped(query, key, value, attention_mask, dropout, scaling, softcap), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    window = kwargs.get("sliding_window")
-    if window is not None and segments.longest > window:
-        raise UserError(
-            "text.pretrained",
-            f"this model looks {window} positions back, a clip takes {segments.longest}",
-            "Lower audio.max_seconds or text.max_tokens, or use a model without a sliding window.",
-        )
+    window = None if sliding_window is None or sliding_window >= segments.longest else sliding_window
     flat = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, heads, D]
-    kernel = varlen_kernel(query, dropout)
+    kernel = varlen_kernel(query, dropout, softcap)
     if kernel is not None:
-        return kernel(*flat, segments, dropout, scaling)[None], None
+        return kernel(*flat, segments, dropout, scaling, window)[None], None
     shapes, there, back = segments.groups
     sizes = [rows * width for rows, width in shapes]
     outputs = []
     for (rows, width), *block in zip(shapes, *(x.index_select(0, there).split(sizes) for x in flat), strict=True):
         q, k, v = (x.unflatten(0, (rows, width)).transpose(1, 2) for x in block)
-        output, _ = sdpa_attention_forward(module, q, k, v, None, dropout=dropout, scaling=scaling, is_causal=True)
+        mask = None if window is None or width <= window else seen(width, window, query.device)
+        if softcap is not None:
+            output = capped(q, k, v, mask, dropout, scaling, softcap)
+        else:
+            output, _ = sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, is_causal=True)
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs).index_select(0, back)[None], None
 
 
-def varlen_kernel(query: Tensor, dropout: float) -> Callable[..., Tensor] | None:
-    """A kernel that attends without padding, where device and type have one: flash-attn's, else torch's own."""
+def seen(length: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [1, 1, length, length]: which keys (columns) a query sees, the last `window` up to its own."""
+    positions = torch.arange(length, device=device)
+    back = positions[:, None] - positions
+    return ((back >= 0) & (back < (window or length)))[None, None]
+
+
+def capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    softcap: float,
+) -> Tensor:
+    """Attention with soft-capped scores, which torch's fused kernels lack: it keeps L × L weights per head.
+
+    Args:
+        query: [B, heads, L, D].
+        key, value: [B, key heads, S, D].
+        mask: bool [B, 1, L, S], False for keys that are not seen; None: causal.
+
+    Returns:
+        [B, L, heads, D].
+    """
+    shared, (length, width) = query.shape[1] // key.shape[1], (query.shape[2], query.shape[3])
+    key, value = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (key, value))
+    if mask is None and length > 1:
+        mask = seen(length, None, query.device)
+    scores = torch.matmul(query, key.transpose(2, 3)) * (width**-0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores.to(torch.promote_types(scores.dtype, torch.float32)) / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = nn.functional.dropout(scores.softmax(-1).to(query.dtype), dropout)
+    return torch.matmul(weights, value).transpose(1, 2)
+
+
+def varlen_kernel(query: Tensor, dropout: float, softcap: float | None = None) -> Callable[..., Tensor] | None:
+    """A kernel that attends without padding, where device and type have one: flash-attn's, else torch's own. None of
+    them is used for soft-capped scores.
+    """
+    if softcap is not None:
+        return None
     if query.dtype not in (torch.bfloat16, torch.float16) or not query.is_cuda:
         return None
     if torch.cuda.get_device_capability(query.device) < (8, 0):
@@ -219,11 +260,20 @@ def flash_attn() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout: float, scaling: float | None) -> Tensor:
+    def kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Segments,
+        dropout: float,
+        scaling: float | None,
+        window: int | None = None,
+    ) -> Tensor:
         offsets, longest = segments.offsets, segments.longest
-        return flash_attn_varlen_func(
-            q, k, v, offsets, offsets, longest, longest, dropout_p=dropout, softmax_scale=scaling, causal=True
-        )
+        rest: dict[str, Any] = {"dropout_p": dropout, "softmax_scale": scaling, "causal": True}
+        if window is not None:
+            rest["window_size"] = (window - 1, 0)
+        return flash_attn_varlen_func(q, k, v, offsets, offsets, longest, longest, **rest)
 
     return kernel
 
@@ -238,11 +288,19 @@ def torch_varlen() -> Callable[..., Tensor] | None:
     if not {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys():
         return None
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout: float, scaling: float | None) -> Tensor:
+    def kernel(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segments: Segments,
+        dropout: float,
+        scaling: float | None,
+        window: int | None = None,
+    ) -> Tensor:
         offsets, longest = segments.offsets, segments.longest
         shared = q.shape[1] // k.shape[1]  # query heads per key head, which it takes from 2.12 on only
         k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
-        causal: Any = (-1, 0)
+        causal: Any = (-1 if window is None else window - 1, 0)
         output: Any = varlen_attn(q, k, v, offsets, offsets, longest, longest, scale=scaling, window_size=causal)
         return output
 

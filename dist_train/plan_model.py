@@ -165,10 +165,10 @@ def decoding(model: DoubleFlow, tracer: Tracer) -> Iterator[None]:
 
 @torch.no_grad()
 def decode_hollow(causal: Any, like: Tensor, rows: int, prefix: int, steps: int, tracer: Tracer) -> None:
-    """A pass over the prefixes and `steps` - 1 passes over one token each, with a full cache of keys and values."""
-    config = causal.config
+    """A pass over the prefixes and `steps` - 1 passes over one token each, with a full cache of keys and values (of
+    layers with a window: what fits into it).
+    """
     with evaluating(causal):
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         embeds = like.new_zeros(rows, prefix, like.shape[-1])
         cache = causal(
             inputs_embeds=embeds,
@@ -176,13 +176,14 @@ def decode_hollow(causal: Any, like: Tensor, rows: int, prefix: int, steps: int,
             use_cache=True,
             logits_to_keep=1,
         ).past_key_values
+        shapes = [[(state.shape[1], state.shape[3]) for state in (kept.keys, kept.values)] for kept in cache.layers]
         del embeds, cache
         if steps < 2:
             return
-        cache = DynamicCache()
+        cache = DynamicCache(config=causal.config)
         length = prefix + steps - 2
-        for layer in range(config.num_hidden_layers):
-            keys, values = (like.new_zeros(rows, config.num_key_value_heads, length, width) for _ in range(2))
+        for layer, both in enumerate(shapes):
+            keys, values = (like.new_zeros(rows, heads, length, width) for heads, width in both)
             cache.update(keys, values, layer)
         del keys, values
         with tracer.repeated(steps - 1):
@@ -218,15 +219,21 @@ class Drop(wavlm.Dropout):
         self.generator = None
 
 
-def varlen_kernel(query: Tensor, dropout: float) -> Callable[..., Tensor] | None:
+def varlen_kernel(query: Tensor, dropout: float, softcap: float | None = None) -> Callable[..., Tensor] | None:
     """`packed.varlen_kernel` for a GPU from Ampere on."""
-    return varlen if query.dtype == torch.bfloat16 else None
+    return varlen if query.dtype == torch.bfloat16 and softcap is None else None
 
 
 def varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: packing.Segments, dropout: float, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: packing.Segments,
+    dropout: float,
+    scale: float | None,
+    window: int | None = None,
 ) -> Tensor:
-    """Flash attention over segments [N, heads, D] without padding."""
+    """Flash attention over segments [N, heads, D] without padding; what a window spares is counted all the same."""
     shared = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (key, value))
     offsets, longest = segments.offsets, segments.longest

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from dist_train.llm import load_tokenizer
-from dist_train.pretrained import LOAD_ERRORS, layer_problems
+from dist_train.decoder import check_packs
+from dist_train.llm import LLAMA, load_tokenizer
+from dist_train.pretrained import LOAD_ERRORS, layer_problems, make_config
 from dist_train.recipe import Recipe
+from dist_train.speech_encoders import KINDS
 from sharding.errors import UserError
 
 CHARACTERS_PER_TOKEN = 4  # of a prompt, in English
@@ -31,6 +35,32 @@ KNOWN: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
         "vocab_size": 32000,
         "rms_norm_eps": 1e-5,
+    },
+    "Qwen/Qwen2.5-7B": {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "vocab_size": 152064,
+        "rms_norm_eps": 1e-6,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+    },
+    "facebook/hubert-large-ll60k": {
+        "model_type": "hubert",
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "conv_dim": [512] * 7,
+        "conv_bias": True,
+        "feat_extract_norm": "layer",
+        "do_stable_layer_norm": True,
+        "num_conv_pos_embeddings": 128,
+        "num_conv_pos_embedding_groups": 16,
     },
     "microsoft/wavlm-large": {
         "model_type": "wavlm",
@@ -55,7 +85,12 @@ KNOWN: dict[str, dict[str, Any]] = {
 
 
 # What their files on the hub hold.
-STORED = {"lmsys/vicuna-7b-v1.5": torch.float16, "microsoft/wavlm-large": torch.float32}
+STORED = {
+    "lmsys/vicuna-7b-v1.5": torch.float16,
+    "Qwen/Qwen2.5-7B": torch.bfloat16,
+    "microsoft/wavlm-large": torch.float32,
+    "facebook/hubert-large-ll60k": torch.float32,
+}
 
 
 def stored_type(name: str) -> torch.dtype | None:
@@ -73,21 +108,22 @@ def without_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """The recipe with `pretrained` parts given by their configuration, and notes on what was taken from where.
 
     Raises:
-        UserError: a configuration cannot be had, or is of another family than can be planned.
+        UserError: a configuration cannot be had, or is of no model that can be planned.
     """
     changed, notes = recipe.model_copy(deep=True), []
     changed.simulation.projector = None  # weights that have no shape of their own
-    parts: list[tuple[str, Any, str]] = [("text", changed.text, "llama")]
+    parts: list[tuple[str, Any, Collection[str]]] = [("text", changed.text, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
     if recipe.audio.input == "waveform":
-        parts.append(("audio", changed.audio, "wavlm"))
-    for name, part, family in parts:
+        parts.append(("audio", changed.audio, KINDS))
+    for name, part, kinds in parts:
         if part.pretrained is None:
             continue
         fields, note = configuration(part.pretrained, f"{name}.pretrained")
-        if fields.get("model_type") != family:
+        if fields.get("model_type") not in kinds:
+            known = ", ".join(kinds) if name == "audio" else "causal language models"
             raise UserError(
                 f"{name}.pretrained",
-                f"{part.pretrained} is a {fields.get('model_type')} model; the planner knows {family} models",
+                f"{part.pretrained} is a {fields.get('model_type')} model; what can be planned: {known}",
                 f"Describe one of its size in {name}.config.",
             )
         stored = stored_type(part.pretrained)
@@ -96,7 +132,9 @@ def without_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
                 f"{part.pretrained} is stored in {str(stored).removeprefix('torch.')}: each rank makes a copy in "
                 f"{recipe.precision} while it loads. Files in {recipe.precision} would be mapped, once per node."
             )
-        part.config, part.pretrained = {key: value for key, value in fields.items() if key != "model_type"}, None
+        if name == "text":
+            check_packs(make_config(fields, LLAMA), "text.pretrained")
+        part.config, part.pretrained = fields, None
         notes += note
     return changed, notes
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import difflib
 import pickle
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from sharding.errors import UserError
 
 WHERE_TO_FIND = "Give a local folder, or a hub id this machine can reach."
+MOST_LISTED = 10  # model types in a message
 MOST_LAYERS = 1000  # of a model; a configuration is a few bytes, and its layers are built one by one
 # What transformers raises for files that are absent, damaged, of another model, or in need of a missing package.
 LOAD_ERRORS = (
@@ -75,21 +76,50 @@ def load_model(
     return model
 
 
-_FAILURES: dict[tuple[type, str], str] = {}  # of models that config_problems has tried: what they raised, or ""
+def load_config(where: str, name: str) -> PretrainedConfig:
+    """The configuration of a pretrained model.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except LOAD_ERRORS as error:
+        raise cannot_load(where, name, error) from None
+    return config
+
+
+_FAILURES: dict[tuple[str, str], str] = {}  # of models that config_problems has tried: what they raised, or ""
 
 
 def config_problems(
-    kind: type[PreTrainedModel], fields: dict[str, Any], where: str, example: dict[str, Tensor]
-) -> Iterable[UserError]:
+    fields: dict[str, Any],
+    where: str,
+    kinds: Collection[str],
+    default: str,
+    build: Callable[[Any], nn.Module],
+    example: Callable[[Any], dict[str, Tensor]],
+) -> Iterator[UserError]:
     """Fields that the model's configuration does not know (it would take and ignore them), or with which it cannot run.
 
     Args:
-        kind: model class.
-        fields: of its configuration.
+        fields: of its configuration, `model_type` among them.
         where: recipe key of the fields.
-        example: an input to try the model on; it runs on the meta device, which computes shapes only.
+        kinds: values that `model_type` may have.
+        default: where it is not given.
+        build: makes the model of a configuration.
+        example: an input to try the model of a configuration on; it runs on the meta device, which computes shapes
+            only.
     """
-    config: Any = kind.config_class
+    kind = fields.get("model_type", default)
+    if kind not in kinds:
+        near = difflib.get_close_matches(str(kind), kinds, n=1, cutoff=0.5)
+        known = sorted(kinds)
+        listed = ", ".join(known) if len(known) < MOST_LISTED else f"a model type of transformers, e.g. {default}"
+        remedy = f"Did you mean {near[0]}?" if near else f"Write {listed}."
+        yield UserError(f"{where}.model_type", f"cannot be {str(kind)[:60]!r}", remedy)
+        return
+    config: Any = CONFIG_MAPPING[kind]
     known = config().to_dict().keys()
     unknown = [name for name in fields if name not in known]
     for name in unknown:
@@ -105,13 +135,24 @@ def config_problems(
         try:
             # Even on meta some layers draw from the CPU's generator; what is checked must not change a run.
             with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
-                kind(config(**fields)).eval()(**{name: value.to("meta") for name, value in example.items()})
+                made = make_config(fields, default)
+                inputs = {name: value.to("meta") for name, value in example(made).items()}
+                build(made).eval()(**inputs)
             _FAILURES[tried] = ""
+        except UserError as error:
+            yield error
+            return
         except Exception as error:  # whatever it raises, the fields are to blame
             _FAILURES[tried] = " ".join(f"{type(error).__name__}: {error}".split())
     reason = _FAILURES[tried]
     if reason:
         yield UserError(where, f"does not make a working model ({reason})", f"See transformers.{config.__name__}.")
+
+
+def make_config(fields: dict[str, Any], default: str) -> PretrainedConfig:
+    """The configuration of these fields; `default` is its model type where they name none."""
+    config: PretrainedConfig = AutoConfig.for_model(**{"model_type": default, **fields})
+    return config
 
 
 def layer_problems(fields: Mapping[str, Any], where: str) -> Iterator[UserError]:

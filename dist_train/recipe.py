@@ -13,21 +13,21 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
-from transformers import LlamaForCausalLM, WavLMModel
 
 from dist_train.adapters import TuningSettings
-from dist_train.audio import SAMPLE_RATE, AudioSettings
+from dist_train.audio import AudioSettings
 from dist_train.batch import DataSettings
 from dist_train.filterbank import fits_filterbank
 from dist_train.fusion import FusionSettings
 from dist_train.imagination import ImaginationSettings
-from dist_train.llm import SimulationSettings, TextSettings
+from dist_train.llm import SimulationSettings, TextSettings, text_problems
 from dist_train.losses import LossSettings
 from dist_train.missing import Missing
 from dist_train.optimizer import OptimizerSettings, ScheduleSettings
-from dist_train.pretrained import config_problems
+from dist_train.pretrained import make_config
 from dist_train.recipe_file import read_values, write_values
 from dist_train.refine import RefineSettings
+from dist_train.speech_encoders import WAVLM, config_is_wrong, too_long
 from sharding.errors import UserError, UserErrors
 from sharding.rules import Case, domains, incompatible
 from sharding.saver import CheckpointSettings
@@ -140,18 +140,19 @@ class Recipe(BaseModel):
                 "Write text.pretrained: lmsys/vicuna-7b-v1.5 (or a folder), or text.config: {…}.",
             )
         if self.audio.config is not None:
-            second = {"input_values": torch.zeros(1, SAMPLE_RATE)}
-            problems = list(config_problems(WavLMModel, self.audio.config, "audio.config", second))
+            problems = list(config_is_wrong(self.audio.config))
+            if not problems and self.audio.input == "waveform":
+                problems += too_long(make_config(self.audio.config, WAVLM), self.audio.max_seconds)
             yield from problems
             if self.audio.start == "filterbank" and not problems and not fits_filterbank(self.audio.config):
                 yield UserError(
                     "audio.start",
                     "is filterbank, but audio.config has other convolutions than two of [4·n, 2·n] channels",
-                    "Write audio.config.conv_dim: [128, 64] for 32 bands, or audio.start: random.",
+                    "Write audio.config.conv_dim: [128, 64] for 32 bands and feat_extract_norm: layer, or audio.start: "
+                    "random.",
                 )
         if self.text.config is not None:
-            words = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
-            yield from config_problems(LlamaForCausalLM, self.text.config, "text.config", words)
+            yield from text_problems(self.text.config)
         unused = self.text.input == "features" and self.simulation.rollout == "none"
         if self.text.config is not None and self.text.tuning == "frozen" and not unused:
             yield UserError(

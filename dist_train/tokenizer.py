@@ -1,11 +1,11 @@
-"""A tokenizer of one's own for language models that start from a configuration."""
+"""A tokenizer of one's own for language models that start from a configuration, and what begins a transcript."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL = ["<s>", "</s>"]
 
@@ -31,3 +31,12 @@ def train_tokenizer(transcripts: Iterable[str], vocabulary: int) -> PreTrainedTo
         single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
     )
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+def start_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What a transcript begins with: BOS, or EOS where there is no BOS (Qwen).
+
+    A first position without content is needed: attention sinks there, and an empty transcript has one. EOS ends the
+    document before it in training data; EleutherAI's lm-evaluation-harness begins with it, too.
+    """
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

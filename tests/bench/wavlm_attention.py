@@ -31,7 +31,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import WavLMConfig, WavLMModel
 
-from dist_train.audio import shortest_waveform
+from dist_train.speech_encoders import shortest_waveform
 from dist_train.wavlm import use_own_attention
 
 SIDES = ("stock", "ours")

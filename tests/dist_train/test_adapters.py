@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dist_train.adapters import TuningSettings, apply_tuning, cast_projections
-from dist_train.audio import build_wavlm
+from dist_train.audio import build_encoder
 from sharding.errors import UserError
 from tests import tiny
 
@@ -20,7 +20,7 @@ PER_LAYER = {"lora": 2, "dora": 3, "vera": 2}  # trained tensors
 
 
 def wavlm() -> Any:
-    return build_wavlm(tiny.recipe(Path("none")).audio)
+    return build_encoder(tiny.recipe(Path("none")).audio)
 
 
 def llama() -> Any:

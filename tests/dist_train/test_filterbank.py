@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from dist_train.audio import AudioSettings, build_wavlm, normalise
+from dist_train.audio import AudioSettings, build_encoder
 from dist_train.filterbank import gabor_filters
 from dist_train.recipe import validate
+from dist_train.speech_encoders import normalise
 from sharding.errors import UserErrors
 from tests import tiny
 
@@ -23,7 +24,7 @@ CONFIG: dict[str, Any] = {
 
 def heard(tone: torch.Tensor) -> torch.Tensor:
     """Feature frames [T, 2 · BANDS] of a waveform [S]."""
-    wavlm = build_wavlm(AudioSettings(config=CONFIG, start="filterbank", layer=-1))
+    wavlm = build_encoder(AudioSettings(config=CONFIG, start="filterbank", layer=-1))
     mask = torch.ones(1, len(tone), dtype=torch.bool)
     with torch.no_grad():
         return wavlm.feature_extractor(normalise(tone[None], mask))[0].T

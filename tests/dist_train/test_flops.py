@@ -131,7 +131,7 @@ def test_a_model_that_cannot_be_planned_is_trained_all_the_same(
     split = open_split(recipe, "train")
     foresight = Foresight(recipe, None, split, 1, 1, tmp_path / "plan.json")
     told = " ".join(capsys.readouterr().err.split())
-    assert "no plan and no MFU" in told and "is a gpt2 model; the planner knows llama models" in told
+    assert "no plan and no MFU" in told and "is a gpt2 model, which cannot run packed" in told
     plan = EpochPlan(len(split), 6, 1, 1, seed=0, epoch=0)
     with foresight.metered():
         pass

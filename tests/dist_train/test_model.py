@@ -304,7 +304,7 @@ def test_wavlm_runs_once_per_step_for_both_flows(tokenizer: PreTrainedTokenizerB
     made = recipe()
     model, collate = build(made, tokenizer)
     calls: list[int] = []
-    model.audio.wavlm.register_forward_hook(lambda *_: calls.append(1))  # type: ignore[union-attr]
+    model.audio.get_submodule("wavlm").register_forward_hook(lambda *_: calls.append(1))
     for has in (RAGGED, [NOTHING] * 2):
         batch = collate(clips(made, has))
         packed = pack(model(batch), batch)

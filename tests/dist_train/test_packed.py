@@ -14,7 +14,6 @@ from transformers.masking_utils import sdpa_mask
 
 from dist_train import packed
 from dist_train.packed import LEAST_FILLED, NAME, Segments, TextStates, pack, spread, take
-from sharding.errors import UserError
 
 WIDTH = 32
 SMALL: dict[str, Any] = {
@@ -212,15 +211,16 @@ def test_bf16_is_as_near_to_the_truth_as_the_stock_model_is() -> None:
     assert errors[0] < 1.2 * errors[1] < 0.1
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], scale: float) -> Tensor:
+def reference(q: Tensor, k: Tensor, v: Tensor, offsets: list[int], scale: float, window: int | None = None) -> Tensor:
     """Causal attention of each segment by itself in float64; q [N, heads, D], k and v [N, key heads, D]."""
     shared = q.shape[1] // k.shape[1]
     k, v = k.double().repeat_interleave(shared, 1), v.double().repeat_interleave(shared, 1)
     outputs = []
     for start, end in itertools.pairwise(offsets):
         scores = torch.einsum("qhd,khd->hqk", q[start:end].double(), k[start:end]) * scale
-        future = torch.ones(end - start, end - start, dtype=torch.bool).triu(1).to(q.device)
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(future, -torch.inf).softmax(-1), v[start:end]))
+        whole = torch.ones(end - start, end - start, dtype=torch.bool)
+        unseen = (whole.triu(1) | whole.tril(-(window or end - start))).to(q.device)
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(unseen, -torch.inf).softmax(-1), v[start:end]))
     return torch.cat(outputs).to(q.dtype)
 
 
@@ -229,16 +229,18 @@ def test_a_kernel_without_padding_gets_the_segments(monkeypatch: pytest.MonkeyPa
     ours, stock = models(2)
     calls = []
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout: float, scaling: float | None) -> Tensor:
-        calls.append((segments.longest, segments.offsets.dtype, dropout))
+    def kernel(
+        q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout: float, scaling: float | None, window: int | None
+    ) -> Tensor:
+        calls.append((segments.longest, segments.offsets.dtype, dropout, window))
         assert scaling is not None
         return reference(q, k, v, segments.offsets.tolist(), scaling)
 
-    monkeypatch.setattr(packed, "varlen_kernel", lambda query, dropout: kernel)
+    monkeypatch.setattr(packed, "varlen_kernel", lambda query, dropout, softcap: kernel)
     block = padded(rows([4, 0, 1, 11]))
     for found, wanted in zip(run_packed(ours, [block]), run_padded(stock, block), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
-    assert calls == [(11, torch.int32, 0.0)] * 3
+    assert calls == [(11, torch.int32, 0.0, None)] * 3
 
 
 def test_on_a_cpu_there_is_no_such_kernel() -> None:
@@ -254,18 +256,17 @@ def test_the_kernels_of_a_gpu_agree_with_float64(key_heads: int) -> None:
     k, v = torch.randn(2, sum(lengths), key_heads, 64, device="cuda", dtype=torch.bfloat16)
     kernels = [kernel for kernel in (packed.flash_attn(), packed.torch_varlen()) if kernel is not None]
     assert kernels
-    for kernel in kernels:
-        found = kernel(q, k, v, offsets, 0.0, 0.125)
-        wanted = reference(q, k, v, offsets.offsets.tolist(), 0.125)
+    for kernel, window in itertools.product(kernels, (None, 5)):
+        found = kernel(q, k, v, offsets, 0.0, 0.125, window)
+        wanted = reference(q, k, v, offsets.offsets.tolist(), 0.125, window)
         torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
 
 
-def test_a_sliding_window_shorter_than_a_clip_is_refused() -> None:
+@pytest.mark.parametrize("lengths", [[8, 3], [9, 3, 30], [1, 8, 40, 0, 41]])
+def test_a_sliding_window_shorter_than_a_clip(lengths: list[int]) -> None:
     model = MistralForCausalLM(MistralConfig(**SMALL, num_key_value_heads=2, sliding_window=8)).train()
     stock = MistralForCausalLM(copy.deepcopy(model.config)).train()
     stock.load_state_dict(model.state_dict())
     model.set_attn_implementation(NAME)
-    block = padded(rows([8, 3]))
+    block = padded(rows(lengths))
     torch.testing.assert_close(run_packed(model, [block])[-1], run_padded(stock, block)[-1], rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="looks 8 positions back, a clip takes 9"):
-        run_packed(model, [padded(rows([9, 3]))])

@@ -217,6 +217,13 @@ def test_a_local_folder_is_read(tmp_path: Path) -> None:
 
 
 def test_models_of_other_families_are_refused(tmp_path: Path) -> None:
+    for kind, told in (("t5", r"what can be planned: causal"), ("qwen3_next", r"text\.pretrained: .*linear_attention")):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+        with pytest.raises(UserError, match=told):
+            without_weights(vicuna(text={"pretrained": str(tmp_path)}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "sew"}))
+    with pytest.raises(UserError, match=r"audio\.pretrained: .*sew model.*whisper"):
+        without_weights(vicuna(audio={"pretrained": str(tmp_path)}))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(UserError, match="gpt2"):
         without_weights(vicuna(text={"pretrained": str(tmp_path)}))

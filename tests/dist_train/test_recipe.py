@@ -311,6 +311,11 @@ def test_every_field_is_described_and_in_the_schema() -> None:
     check(Recipe, "")
 
 
-@pytest.mark.parametrize("name", sorted(file.name for file in (Path(__file__).parents[2] / "recipes").glob("*.yaml")))
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.mark.parametrize(
+    "name", sorted(str(f.relative_to(RECIPES)) for at in ("*.yaml", "mosei/*.yaml") for f in RECIPES.glob(at))
+)
 def test_the_recipes_of_the_repository_are_valid(name: str) -> None:
-    load_recipe(Path(__file__).parents[2] / "recipes" / name)
+    load_recipe(RECIPES / name)

@@ -18,7 +18,8 @@ from transformers import WavLMConfig, WavLMModel
 from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
 from dist_train import wavlm
-from dist_train.audio import AudioEncoder, AudioSettings, shortest_waveform
+from dist_train.audio import AudioEncoder, AudioSettings
+from dist_train.speech_encoders import shortest_waveform
 from dist_train.wavlm import Attention, ChunkSize, GatedBiasAttention, use_own_attention
 from tests import tiny
 from tests.ranks import run_ranks
@@ -330,7 +331,7 @@ def test_activation_checkpointing_computes_layers_again_and_changes_no_gradient(
     gradients, calls = {}, {}
     for saving, encoder in encoders.items():
         seen: list[int] = []
-        for layer in encoder.wavlm.encoder.layers:
+        for layer in encoder.model.encoder.layers:
             layer.attention.k_proj.register_forward_hook(lambda *_, seen=seen: seen.append(1))
         torch.manual_seed(1)
         states = encoder(waveform, mask.bool())
@@ -345,7 +346,7 @@ def test_activation_checkpointing_computes_layers_again_and_changes_no_gradient(
 def test_a_frozen_encoder_runs_its_layers_once_whatever_the_setting() -> None:
     values = {"config": tiny.recipe(Path("none")).audio.config, "layer": 1, "activation_checkpointing": True}
     encoder = AudioEncoder(AudioSettings.model_validate(values), minimum_frames=1, needs_last=True).train()
-    waveform, mask = batch(encoder.wavlm, 12)
+    waveform, mask = batch(encoder.model, 12)
     assert not encoder(waveform, mask.bool()).last.requires_grad
 
 

@@ -42,9 +42,13 @@ def recipe_of(case: dict[str, Any]) -> Recipe:
 
 
 def trained(case: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Losses of some steps on one batch per rank, and whether every trainable has moved."""
+    """`train_on_one_batch` under a case."""
+    return train_on_one_batch(recipe_of(case).model_copy(update={"seed": seed}), seed)
+
+
+def train_on_one_batch(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Losses of some steps on one batch per rank, and which trainables have not moved."""
     tokenizer = train_tokenizer([" ".join(tiny.WORDS)] * 3, 320)
-    recipe = recipe_of(case).model_copy(update={"seed": seed})
     model = build_model(recipe, tokenizer)
     rng = np.random.default_rng([seed, dist.get_rank()])
     clips = [{"key": str(i), "index": i, "real": True, **tiny.clip(rng)} for i in range(3)]

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, WavLMConfig, WavLMModel
 
-from dist_train.audio import build_wavlm
+from dist_train.audio import build_encoder
 from dist_train.build import build_model
 from dist_train.pretrained import LOAD_ERRORS, cannot_load, layer_problems
+from dist_train.speech_encoders import WAVLM
 from sharding.errors import UserError
 from tools.convert.held import Tensors
 from tools.convert.pickles import load_pickle, tensors_of
@@ -61,6 +62,9 @@ def find_base(context: Context, part: Part, named: Path | None = None) -> Base:
     name = (run.recipe.audio if part == "audio" else run.recipe.text).pretrained
     if part == "audio" and run.recipe.audio.input == "features":
         raise UserError(str(run.path), "has no WavLM (audio.input is features)", "Choose another format.")
+    kind = (run.recipe.audio.config or {}).get("model_type", WAVLM)
+    if part == "audio" and kind != WAVLM:
+        raise UserError(str(run.path), f"has a {kind} encoder; only WavLM's can be converted", "Choose another format.")
     if name is not None:
         return open_folder(local_folder(name, f"{KEY[part]}.pretrained"), part, f"{KEY[part]}.pretrained")
     return drawn(run, part)
@@ -86,7 +90,7 @@ def drawn(run: Run, part: Part) -> Base:
     recipe.audio.quantisation = recipe.text.quantisation = "none"
     if part == "audio":
         torch.manual_seed(recipe.seed)  # WavLM is the first that draws
-        model: Any = build_wavlm(recipe.audio, recipe.dtype)
+        model: Any = build_encoder(recipe.audio, recipe.dtype)
         config: PretrainedConfig = model.config
         weights = dict(model.state_dict())
     else:
