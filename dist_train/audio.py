@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dist_train.adapters import TuningSettings, apply_tuning
+from dist_train.cmpt import EncoderTokens
 from dist_train.filterbank import start_as_filterbank
 from dist_train.quantise import check_quantised, quantise
 from dist_train.speech_encoders import (
@@ -69,6 +70,8 @@ class AudioStates(NamedTuple):
     stream: Tensor
     last: Tensor
     mask: Tensor
+    proxies: Tensor | None = None
+    """[B, K, D] states of CMPT's tokens in the layer that feeds fusion."""
 
 
 def build_encoder(settings: AudioSettings, dtype: torch.dtype = torch.float32) -> Any:
@@ -110,6 +113,7 @@ class AudioEncoder(nn.Module):
         minimum_frames: frames of the shortest clip; shorter ones are padded with silence to it.
         needs_last: whether something reads the last layer. If not, the layers above `layer` have no gradient
             and are cut off.
+        tokens: of CMPT, in front of the frames.
     """
 
     @outside_zero_init()
@@ -120,6 +124,7 @@ class AudioEncoder(nn.Module):
         minimum_frames: int,
         needs_last: bool,
         dtype: torch.dtype = torch.float32,
+        tokens: int = 0,
     ) -> None:
         super().__init__()
         model = build_encoder(settings, dtype)
@@ -140,6 +145,12 @@ class AudioEncoder(nn.Module):
         apply_tuning(model, settings, where="audio")
         freeze_front(model, convolutions=settings.tuning != "full" or not settings.train_feature_encoder)
         self.minimum_samples = shortest_waveform(config, frames=minimum_frames)
+        self.tokens, self.inside = None, None
+        if tokens and self.kind == "whisper":
+            raise UserError("audio", "is a Whisper, which takes no proxy tokens", "Use WavLM, HuBERT or wav2vec 2.0.")
+        if tokens:
+            self.tokens = nn.Parameter(nn.init.normal_(torch.empty(tokens, self.width), std=0.02))
+            self.inside = EncoderTokens(model.encoder, tokens)
 
     @property
     def model(self) -> Any:
@@ -153,12 +164,20 @@ class AudioEncoder(nn.Module):
 
     def forward(self, waveform: Tensor, mask: Tensor) -> AudioStates:
         """waveform [B, S] in [-1, 1], mask [B, S] (True = sound) → AudioStates."""
-        with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+        learns = self.trained or self.tokens is not None
+        if self.inside is not None:
+            self.inside.tokens = self.tokens
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             output, frames = hear(self.model, waveform, mask, normal=self.normal, hidden_states=not self.stream_is_last)
         last = output.last_hidden_state
         stream = last if self.stream_is_last else output.hidden_states[self.layer]
+        proxies = None
+        if self.inside is not None:
+            self.inside.tokens = None
+            proxies = stream[:, : self.inside.count]
+            stream, last = stream[:, self.inside.count :], last[:, self.inside.count :]
         frame_mask = torch.arange(last.shape[1], device=frames.device) < frames[:, None]
-        return AudioStates(stream, last, frame_mask)
+        return AudioStates(stream, last, frame_mask, proxies)
 
 
 class AudioFeatures(nn.Module):

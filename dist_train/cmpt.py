@@ -1,10 +1,10 @@
 """Cross-modal proxy tokens (CMPT, arXiv 2501.17823), for three modalities of which any may be missing.
 
-One learned token per modality that may be missing reads each modality that is there, and learns to come out as the pooled
-vector of the missing one. The paper has two modalities and names three as future work; the extension is ours:
+One learned token per modality that may be missing reads each modality that is there, and learns to come out as the
+pooled vector of the missing one. The paper has two modalities and names three as future work; the extension is ours:
 
-- In speech the tokens sit inside the encoder, which is tuned by adapters (`audio.tuning: lora`, rank 1). Vision enters as
-  features and text as states of a causal model, so there the tokens sit in a layer of self-attention on top.
+- In speech the tokens sit inside the encoder, which is tuned by adapters (`audio.tuning: lora`, rank 1). Vision enters
+  as features and text as states of a causal model, so there the tokens sit in a layer of self-attention on top.
 - What is missing is the mean of the proxies in the modalities that are there (the paper's hard gate with more than one
   source). Modality dropout is the recipe's `missing: random`.
 """
@@ -29,6 +29,14 @@ class Available(NamedTuple):
 
     heard: Tensor | None
     present: Tensor
+
+
+class Pooled(NamedTuple):
+    """Of each modality: steps [B, T, d], mask [B, T], pooled vector [B, d]."""
+
+    sequences: list[Tensor]
+    masks: list[Tensor]
+    vectors: list[Tensor]
 
 
 class EncoderTokens:
@@ -99,9 +107,7 @@ class CMPT(nn.Module):
     ) -> None:
         super().__init__()
         self.targets = [MODALITIES.index(name) for name in targets]
-        sources = [
-            number for number in range(3) if self.targets != [number]
-        ]  # one that alone goes missing tells nothing
+        sources = [number for number in range(3) if self.targets != [number]]  # none reads itself
         self.hear = None if heard_width is None or AUDIO not in sources else nn.Linear(heard_width, width)
         self.branches = nn.ModuleDict(
             {
@@ -111,49 +117,51 @@ class CMPT(nn.Module):
             }
         )
 
-    def forward(self, sequences: Sequence[Tensor], masks: Sequence[Tensor], heard: Tensor | None) -> dict[int, Tensor]:
+    def forward(self, sequences: Sequence[Tensor], masks: Sequence[Tensor], heard: Tensor | None) -> dict[str, Tensor]:
         """Projected sequences [B, T, d] of the complete flow → proxies [B, K, d] by source; see `pairs` for which of
         them mean something.
         """
-        found: dict[int, Tensor] = {}
+        found: dict[str, Tensor] = {}
         if self.hear is not None and heard is not None:
-            found[AUDIO] = self.hear(heard.to(sequences[0].dtype))
+            found[MODALITIES[AUDIO]] = self.hear(heard.to(sequences[0].dtype))
         for name, branch in self.branches.items():
             number = MODALITIES.index(name)
-            found[number] = branch(sequences[number], masks[number])
+            found[name] = branch(sequences[number], masks[number])
         return dict(sorted(found.items()))
 
-    def pairs(self, proxies: dict[int, Tensor]) -> list[tuple[int, int, Tensor]]:
+    def pairs(self, proxies: dict[str, Tensor]) -> list[tuple[int, int, Tensor]]:
         """(source, target, proxy [B, d]) of all pairs; a modality is no source of itself."""
         return [
             (source, target, states[:, place])
-            for source, states in proxies.items()
+            for source, states in ((MODALITIES.index(name), states) for name, states in proxies.items())
             for place, target in enumerate(self.targets)
             if source != target
         ]
 
-    def fill(
-        self, pooled: Sequence[Tensor], proxies: dict[int, Tensor], present: Tensor, dropped: Tensor
-    ) -> list[Tensor]:
-        """Pooled vectors [B, d]; in the place of each dropped one the mean of its proxies in what is there, if any is.
+    def fill(self, seen: Pooled, proxies: dict[str, Tensor], present: Tensor, dropped: Tensor) -> Pooled:
+        """In the place of each dropped modality the mean of its proxies in what is there, if any is: as its vector, and
+        as its first step, which is its only one (a zero step by itself).
 
         Args:
             present, dropped: bool [B, 3].
         """
-        filled = list(pooled)
+        filled = Pooled(*(list(part) for part in seen))
         there = present & ~dropped
         for target in self.targets:
             of = [(source, proxy) for source, goal, proxy in self.pairs(proxies) if goal == target]
-            weights = torch.stack([there[:, source] for source, _ in of], 1).to(pooled[target].dtype)
+            weights = torch.stack([there[:, source] for source, _ in of], 1).to(of[0][1].dtype)
             mean = (torch.stack([proxy for _, proxy in of], 1) * weights[..., None]).sum(1)
             mean = mean / weights.sum(1, keepdim=True).clamp(min=1)
             use = dropped[:, target] & (weights.sum(1) > 0)
-            filled[target] = torch.where(use[:, None], mean, pooled[target])
+            filled.vectors[target] = torch.where(use[:, None], mean, seen.vectors[target])
+            steps = seen.sequences[target]
+            first = torch.where(use[:, None], mean, steps[:, 0])
+            filled.sequences[target] = torch.cat([first[:, None], steps[:, 1:]], 1)
         return filled
 
-    def distances(self, pooled: Sequence[Tensor], proxies: dict[int, Tensor], present: Tensor) -> Tensor:
-        """[B, pairs, 3]: mean square of proxy minus target, of proxy minus its own modality's vector, and whether the clip
-        counts (complete clips do).
+    def distances(self, pooled: Sequence[Tensor], proxies: dict[str, Tensor], present: Tensor) -> Tensor:
+        """[B, pairs, 3]: mean square of proxy minus target, and of proxy minus its own modality's vector; whether the
+        clip counts (complete clips do).
         """
         complete = present.all(1).float()
         rows = []

@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from dist_train.cmpt import CMPT, Available, Pooled
 from dist_train.imagination import MIA, ImaginationSettings
 from dist_train.missing import MODALITIES, TEXT, Streams, keep_where, lacked
 from dist_train.promma import ProMMA
@@ -162,6 +163,7 @@ class FusionNetwork(nn.Module):
         imagination: see :class:`~dist_train.imagination.ImaginationSettings`; disabled, no MIA parameters exist.
         lacks: the modalities that the missing flow may lack in training; each has its own MIA.
         refine: see :class:`~dist_train.refine.RefineSettings`. Default: nothing in front.
+        heard_width: of the states of CMPT's tokens in the speech encoder, if it holds them.
     """
 
     def __init__(
@@ -171,6 +173,7 @@ class FusionNetwork(nn.Module):
         imagination: ImaginationSettings,
         lacks: Sequence[str] = ("text",),
         refine: RefineSettings | None = None,
+        heard_width: int | None = None,
     ) -> None:
         super().__init__()
         d, dropout = settings.width, settings.dropout
@@ -197,7 +200,6 @@ class FusionNetwork(nn.Module):
                 (REPRESENTATION_WIDTH, imagination.views_bottleneck),
             )
         )
-
         self.promma = (
             ProMMA(
                 d,
@@ -210,6 +212,7 @@ class FusionNetwork(nn.Module):
             if imagination.promma
             else None
         )
+        self.cmpt = CMPT(lacks, heard_width, d, heads=imagination.heads, dropout=dropout) if imagination.cmpt else None
 
     def encode_views(self, vectors: Tensor, weights: Tensor) -> Tensor:
         """Pooled modality vectors [B, 3, d] and their weights [B, 3] to the seven views [B, 7, d].
@@ -223,7 +226,14 @@ class FusionNetwork(nn.Module):
             views.append(mlp(mixed))
         return torch.stack(views, dim=1)
 
-    def forward(self, complete: Streams, missing: Streams, dropped: Tensor, labels: Tensor | None = None) -> Fused:
+    def forward(
+        self,
+        complete: Streams,
+        missing: Streams,
+        dropped: Tensor,
+        labels: Tensor | None = None,
+        available: Available | None = None,
+    ) -> Fused:
         """The complete flow and the missing flow over the same clips.
 
         Args:
@@ -232,6 +242,7 @@ class FusionNetwork(nn.Module):
             dropped: bool [B, 3], the modalities that the missing flow does without; they are imagined.
             labels: [B], wanted in training by VGMR, whose values learn what a modality is worth, and by ProMMA, which
                 learns what imagined text is worth.
+            available: wanted by CMPT.
         """
         notes: dict[str, Tensor] = {}
         if labels is not None and self.training:
@@ -245,15 +256,17 @@ class FusionNetwork(nn.Module):
             missing, left = self.refine(missing)
             for field in values._fields:
                 notes |= {f"{field}/complete": getattr(values, field), f"{field}/missing": getattr(left, field)}
-        whole = self.project(complete)
+        projected = self.project(complete)
         kept = [again is once for once, again in zip(complete, missing, strict=True)]  # both flows read it
-        parts = zip(kept, whole, self.projections, missing, strict=True)
+        parts = zip(kept, projected, self.projections, missing, strict=True)
         left_over = [once if same else projection(stream.states) for same, once, projection, stream in parts]
-        return Fused(
-            self.flow(whole, [stream.mask for stream in complete], dropped, missing=False),
-            self.flow(left_over, [stream.mask for stream in missing], dropped, missing=True),
-            notes,
-        )
+        whole = self.look(projected, [stream.mask for stream in complete], torch.zeros_like(dropped))
+        rest = self.look(left_over, [stream.mask for stream in missing], dropped)
+        if self.cmpt is not None and available is not None:
+            proxies = self.cmpt(projected, [stream.mask for stream in complete], available.heard)
+            notes["alignment"] = self.cmpt.distances(whole.vectors, proxies, available.present)
+            rest = self.cmpt.fill(rest, proxies, available.present, dropped)
+        return Fused(self.flow(whole, dropped, missing=False), self.flow(rest, dropped, missing=True), notes)
 
     @torch.no_grad()
     def worth(
@@ -280,7 +293,9 @@ class FusionNetwork(nn.Module):
                 refined = Streams(*left)
                 if self.refine is not None:
                     refined, _ = self.refine(refined)
-                output = self.flow(self.project(refined), [stream.mask for stream in refined], dropped, missing=missing)
+                imagined = dropped if missing else torch.zeros_like(dropped)
+                seen = self.look(self.project(refined), [stream.mask for stream in refined], imagined)
+                output = self.flow(seen, dropped, missing=missing)
                 errors.append((output.prediction.float() - labels.float()).square())
         return torch.stack([error - errors[0] for error in errors[1:]], 1)
 
@@ -288,23 +303,30 @@ class FusionNetwork(nn.Module):
         """Each stream [B, T, width] → [B, T, d]."""
         return [projection(stream.states) for projection, stream in zip(self.projections, streams, strict=True)]
 
-    def flow(
-        self, sequences: Sequence[Tensor], masks: Sequence[Tensor], dropped: Tensor, *, missing: bool
-    ) -> FlowOutput:
-        """One flow over projected audio, text and vision [B, T, d]; nothing is imagined in the complete flow."""
+    def look(self, sequences: Sequence[Tensor], masks: Sequence[Tensor], imagined: Tensor) -> Pooled:
+        """Projected audio, text and vision [B, T, d] → each with its pooled vector.
+
+        Args:
+            imagined: bool [B, 3], what is not real.
+        """
         if self.promma is not None:
-            sequences, masks, _ = self.promma(sequences, masks, dropped if missing else torch.zeros_like(dropped))
-        pooled = [umca(x, m) for umca, x, m in zip(self.pooled_attention, sequences, masks, strict=True)]
+            sequences, masks, _ = self.promma(sequences, masks, imagined)
+        vectors = [umca(x, m) for umca, x, m in zip(self.pooled_attention, sequences, masks, strict=True)]
+        return Pooled(list(sequences), list(masks), vectors)
+
+    def flow(self, seen: Pooled, dropped: Tensor, *, missing: bool) -> FlowOutput:
+        """One flow; MIA imagines nothing in the complete flow."""
+        sequences, masks, pooled = seen
         if missing:
             pooled = imagine(self.pooled_imagination, pooled, dropped)
         vectors = torch.stack(pooled, dim=1)
         weights = self.modality_gate(vectors)
 
         views = self.encode_views(vectors, weights)
-        seen = [umca(x, m, views) for umca, x, m in zip(self.view_attention, sequences, masks, strict=True)]
+        viewed = [umca(x, m, views) for umca, x, m in zip(self.view_attention, sequences, masks, strict=True)]
         if missing:
-            seen = imagine(self.views_imagination, seen, dropped)
-        stacked = torch.stack(seen, dim=1)
+            viewed = imagine(self.views_imagination, viewed, dropped)
+        stacked = torch.stack(viewed, dim=1)
         fused = (weights[:, :, None, None] * stacked).sum(1)
         representation = (self.view_gate(fused).unsqueeze(-1) * fused).sum(1)
         rows, which = torch.arange(len(dropped), device=dropped.device), lacked(dropped)

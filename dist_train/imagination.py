@@ -16,9 +16,10 @@ class ImaginationSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: Literal["mia", "promma"] = Field(
+    kind: Literal["mia", "cmpt", "promma"] = Field(
         default="mia",
-        description="`mia` (SDUMC): two modules for each modality that may be missing, MIA-1 and MIA-2. `promma`: "
+        description="`mia` (SDUMC): two modules for each modality that may be missing, MIA-1 and MIA-2. `cmpt`: "
+        "proxy tokens in the modalities that are there stand for the missing one. `promma`: "
         "prompts, weights by mutual information, and an evaluator that judges whether imagining a clip's text is worth "
         "it. `imagination: promma` is short for imagination.kind. Default: mia.",
     )
@@ -41,13 +42,13 @@ class ImaginationSettings(BaseModel):
     )
     prompts: int = Field(default=4, ge=1, description="With `promma`: shared prompts, and as many private ones.")
     levels: int = Field(default=2, ge=1, description="With `promma`: layers of self-attention in each modality.")
-    heads: int = Field(default=4, ge=1, description="With `promma`: attention heads; divides fusion.width.")
+    heads: int = Field(default=4, ge=1, description="With `cmpt` and `promma`: attention heads; divides fusion.width.")
     threshold: float = Field(
         default=0.5,
         ge=0,
         le=1,
-        description="With `promma`: at inference text is imagined for clips that are judged worth it with at least this "
-        "probability. 0: for all.",
+        description="With `promma`: at inference text is imagined for clips that are judged worth it with this "
+        "probability or more. 0: for all.",
     )
 
     @model_validator(mode="before")
@@ -60,6 +61,11 @@ class ImaginationSettings(BaseModel):
     def mia(self) -> bool:
         """Whether there are MIA modules."""
         return self.enabled and self.kind == "mia"
+
+    @property
+    def cmpt(self) -> bool:
+        """Whether there are CMPT's proxy tokens."""
+        return self.enabled and self.kind == "cmpt"
 
     @property
     def promma(self) -> bool:

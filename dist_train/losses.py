@@ -69,6 +69,11 @@ class LossSettings(BaseModel):
         description="With `refine: vgmr`: growth of the squared error without a modality, in labels squared, that asks "
         "for a value of 0.73. Default: 0.5.",
     )
+    alignment: float = Field(
+        default=0.2,
+        ge=0,
+        description="With `imagination: cmpt`: weight of the proxies' distance to what they stand for. Default: 0.2.",
+    )
     worth: float = Field(
         default=0.1,
         ge=0,
@@ -180,6 +185,22 @@ def value_spread_loss(estimates: Tensor, spread: Tensor) -> Tensor:
     return torch.stack(hinges).mean()
 
 
+def alignment_loss(distances: Tensor, epsilon: float) -> Tensor:
+    """CMPT's alignment over complete clips: sum over pairs of MSE(proxy, target), by the mean MSE(proxy, own modality).
+
+    With two modalities the paper divides by the distance of one of the two proxies to its own class token; here by the
+    mean of all.
+
+    Args:
+        distances: [n, pairs, 3] MSE to the target, MSE to the own vector, whether the clip counts.
+        epsilon: added to the denominator.
+    """
+    to_target, to_own, counts = _exact(distances).unbind(2)
+    clips = counts.sum(0).clamp(min=1)
+    targets, own = ((part * counts).sum(0) / clips for part in (to_target, to_own))
+    return targets.sum() / (own.mean() + epsilon)
+
+
 def worth_loss(worth: Tensor, gain: Tensor) -> Tensor:
     """Cross-entropy of ProMMA's evaluator in nats, mean over the clips it is asked about; 0 if there are none.
 
@@ -214,7 +235,8 @@ def double_flow_loss(
 
     Returns:
         The scalar loss and ``{"mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"}``, all attached to the graph;
-        0 and no terms if all six weights are 0. With VGMR also "value" and "value_spread", with ProMMA "worth".
+        0 and no terms if all six weights are 0. With VGMR also "value" and "value_spread", with CMPT
+        "alignment", with ProMMA "worth".
     """
     if not settings.compares_flows:
         return labels.new_zeros(()), {}
@@ -237,6 +259,8 @@ def double_flow_loss(
             of = [value_loss(estimates, worth, settings.value_temperature) for estimates, worth, _ in sides]
             terms["value"] = torch.stack(of).mean()
             terms["value_spread"] = torch.stack([value_spread_loss(seen, spread) for seen, _, spread in sides]).mean()
+    if "alignment" in notes:
+        terms["alignment"] = alignment_loss(notes["alignment"], settings.epsilon)
     if "gain" in notes and "worth" in notes:
         terms["worth"] = worth_loss(notes["worth"], notes["gain"].detach())
     return sum(getattr(settings, name) * term for name, term in terms.items()), terms

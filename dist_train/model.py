@@ -12,9 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_train.audio import AudioEncoder, AudioFeatures
 from dist_train.batch import Batch
+from dist_train.cmpt import Available
 from dist_train.fusion import FlowOutput, FusionNetwork, FusionWidths
 from dist_train.llm import Block, LanguageModel, TextFeatures
-from dist_train.missing import TEXT, Streams, lacking_modalities, present_or_zero, without
+from dist_train.missing import TEXT, Streams, lacking_modalities, present_of, present_or_zero, without
 from dist_train.packed import TextStates, Tokens
 from dist_train.phases import phase
 from dist_train.projector import Projector, load_projector
@@ -61,6 +62,7 @@ class Inputs(NamedTuple):
     simulated: TextStates
     texts: Texts
     notes: dict[str, Tensor]
+    available: Available
 
 
 class DoubleFlow(nn.Module):
@@ -85,9 +87,11 @@ class DoubleFlow(nn.Module):
         self.transcribes = recipe.loss.asr > 0
         self.compares = recipe.loss.compares_flows
         self.layers = recipe.text.layers
+        lacks = lacking_modalities(recipe.missing)
+        tokens = len(lacks) if recipe.imagination.cmpt and lacks != ("audio",) else 0
         if recipe.audio.input == "waveform":
             self.audio: AudioEncoder | AudioFeatures = AudioEncoder(
-                recipe.audio, minimum_frames=minimum, needs_last=simulates, dtype=recipe.dtype
+                recipe.audio, minimum_frames=minimum, needs_last=simulates, dtype=recipe.dtype, tokens=tokens
             )
         else:
             self.audio = AudioFeatures(recipe.widths.audio, minimum_frames=minimum)
@@ -102,8 +106,9 @@ class DoubleFlow(nn.Module):
             FusionWidths(audio=self.audio.width, text=self.llm.width, vision=recipe.widths.vision),
             recipe.fusion,
             recipe.imagination,
-            lacking_modalities(recipe.missing),
+            lacks,
             recipe.refine,
+            self.audio.width if tokens and recipe.audio.input == "waveform" else None,
         )
         self.threshold = recipe.imagination.threshold
         self.evaluator = (
@@ -115,12 +120,12 @@ class DoubleFlow(nn.Module):
 
     def forward(self, batch: Batch) -> Flows:
         """Batch of B clips → both flows."""
-        whole, simulated, texts, judged = self.streams(batch)
+        whole, simulated, texts, judged, available = self.streams(batch)
         if self.training and not self.compares:
             nothing = FlowOutput(*(torch.zeros_like(batch["label"]) for _ in FlowOutput._fields))
             return Flows(nothing, nothing, *texts[2:])
         left = without(whole, simulated, batch["dropped"])
-        complete, missing, notes = self.fusion(whole, left, batch["dropped"], batch["label"])
+        complete, missing, notes = self.fusion(whole, left, batch["dropped"], batch["label"], available)
         return Flows(complete, missing, *texts[2:], notes={**notes, **judged})
 
     def streams(self, batch: Batch) -> Inputs:
@@ -139,7 +144,8 @@ class DoubleFlow(nn.Module):
             notes = {"worth": torch.stack([worth, asked.float(), (asked & imagines).float()], 1)}
         texts = self.texts(batch, heard.last.to(dtype), heard.mask, imagines)
         whole = Streams(audio, present_or_zero(*texts.real, batch["text_present"]), vision)
-        return Inputs(whole, present_or_zero(*texts.simulated, imagines), texts, notes)
+        available = Available(heard.proxies, present_of(batch))
+        return Inputs(whole, present_or_zero(*texts.simulated, imagines), texts, notes, available)
 
     def texts(self, batch: Batch, frames: Tensor, mask: Tensor, imagines: Tensor) -> Texts:
         """Real and simulated text of each clip, out of one pass of the language model.

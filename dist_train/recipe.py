@@ -192,7 +192,18 @@ class Recipe(BaseModel):
                 f"imagines text, which no flow lacks (missing: {self.missing})",
                 "Write simulation.rollout: none, or missing: random.",
             )
-        if self.imagination.promma and self.fusion.width % self.imagination.heads:
+        if self.imagination.cmpt:
+            if self.simulation.rollout != "none":
+                yield UserError(
+                    "simulation.rollout",
+                    f"is {self.simulation.rollout}, and imagination: cmpt has proxies in the place of imagined text",
+                    "Write simulation.rollout: none.",
+                )
+            if self.audio.input == "waveform" and (self.audio.config or {}).get("model_type") == "whisper":
+                yield UserError(
+                    "audio.config", "is a Whisper, which takes no proxy tokens", "Use WavLM, HuBERT or wav2vec 2.0."
+                )
+        if self.imagination.kind != "mia" and self.fusion.width % self.imagination.heads:
             yield UserError(
                 "imagination.heads",
                 f"is {self.imagination.heads}, which does not divide fusion.width = {self.fusion.width}",

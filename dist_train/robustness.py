@@ -148,13 +148,13 @@ def under_all(
     model: DoubleFlow, batch: Any, index: Sequence[int]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Predictions and values of a micro-batch by condition."""
-    whole, simulated, *_ = model.streams(batch)
+    whole, simulated, *_, available = model.streams(batch)
     text = batch["dropped"]
     predicted: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
 
     def fuse(whole: Streams, simulated: TextStates, dropped: Tensor) -> Fused:
-        return model.fusion(whole, without(whole, simulated, dropped), dropped)
+        return model.fusion(whole, without(whole, simulated, dropped), dropped, available=available)
 
     for name, there in PATTERNS.items():
         dropped = ~torch.tensor(there, device=text.device).expand(len(text), 3)

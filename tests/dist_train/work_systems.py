@@ -12,6 +12,12 @@ from tests.work import fit, new_run
 SYSTEMS: dict[str, dict[str, Any]] = {
     "random": {"missing": "random"},
     "audio": {"missing": "audio", "simulation": {"rollout": "none"}},
+    "cmpt": {
+        "imagination": {"kind": "cmpt", "heads": 2},
+        "missing": "random",
+        "simulation": {"rollout": "none"},
+        "audio": {"tuning": "lora", "lora": {"rank": 1, "alpha": 1}},
+    },
     "promma": {
         "imagination": {"kind": "promma", "prompts": 2, "heads": 2},
         "simulation": {"rollout": "generate"},
