@@ -24,6 +24,8 @@ FILES = ("audio", "text_features", "vision")
 MODALITIES = ("audio", "text", "text_features", "vision")
 FILM_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy", *FILM_SUFFIXES)
+COLUMNS = (*REQUIRED, MODALITIES)
+Wanted = tuple[str | tuple[str, ...], ...]  # columns of a table
 LONG_TEXT = 8000  # characters, about the 2048-token context of Llama
 LONGEST_TEXT = 1_000_000  # characters, about what is said in 20 hours: another file, or a quote that never ends
 MOST_BYTES = 1 << 30  # of a manifest, about ten million lines; it is read as a whole
@@ -76,13 +78,9 @@ def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0)) ->
     text = read_text(path)
     jsonl = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
     errors: list[UserError] = []
-    cells = list(_read_jsonl(path, text, errors) if jsonl else read_csv(path, text, errors, REQUIRED))
+    cells = list(_read_jsonl(path, text, errors) if jsonl else read_csv(path, text, errors, COLUMNS))
     columns = {column for _, row in cells for column in row}
-    if cells:
-        missing = missing_columns(path, columns, REQUIRED)
-        if not columns & set(MODALITIES):
-            missing.append(UserError(str(path), f"has none of the columns {', '.join(MODALITIES)}", _found(columns)))
-        errors = missing + errors
+    errors = missing_columns(path, columns, COLUMNS) + errors if cells else errors
     if not cells and not errors:
         errors.append(UserError(str(path), "has no rows", "Write one row per clip"))
 
@@ -146,13 +144,11 @@ def read_text(path: Path) -> str:
     raise UserErrors(capped(errors, str(path)))
 
 
-def read_csv(
-    path: Path, text: str, errors: list[UserError], known: tuple[str, ...]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_csv(path: Path, text: str, errors: list[UserError], wanted: Wanted) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line and cells by column of each row; adds what is wrong to `errors`.
 
     Args:
-        known: columns of which the table must have one, or it is taken for a table without header.
+        wanted: see `missing_columns`. A table that has none of them is taken for one without header.
     """
     csv.field_size_limit(sys.maxsize)  # the default refuses transcripts beyond 131,072 characters
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -161,8 +157,8 @@ def read_csv(
         for name, count in Counter(header).items():
             if count > 1:
                 errors.append(UserError(f"{path}:1", f"column {name!r} stands {count} times", "Keep one"))
-        if not set(known) & set(header):
-            errors.extend(missing_columns(path, set(header), known))
+        if not {one for one in wanted if isinstance(one, str)} & set(header):
+            errors.extend(missing_columns(path, set(header), wanted))
             return
         line = reader.line_num + 1
         for cells in reader:
@@ -201,13 +197,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def missing_columns(path: Path, columns: set[str], wanted: tuple[str, ...]) -> list[UserError]:
-    """An error for each column that a table lacks."""
-    return [UserError(str(path), f"has no column {name!r}", _found(columns)) for name in wanted if name not in columns]
-
-
-def _found(columns: set[str]) -> str:
-    return f"Columns found: {', '.join(sorted(columns)) or 'none'}"
+def missing_columns(path: Path, columns: set[str], wanted: Wanted) -> list[UserError]:
+    """An error for each column that a table lacks; of columns in a tuple it must have one."""
+    remedy = f"Columns found: {', '.join(sorted(columns)) or 'none'}"
+    told = [
+        f"has no column {one!r}" if isinstance(one, str) else f"has none of the columns {', '.join(one)}"
+        for one in wanted
+        if not columns & ({one} if isinstance(one, str) else set(one))
+    ]
+    return [UserError(str(path), problem, remedy) for problem in told]
 
 
 def _duplicates(path: Path, cells: list[tuple[int, dict[str, Any]]]) -> list[UserError]:

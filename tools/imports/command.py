@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import get_args
 
 from sharding.errors import UserError, UserErrors, collected
 from sharding.shard_writer import refuse_existing
@@ -114,7 +115,7 @@ def read_splits(text: str | None) -> dict[Split, str] | None:
         raise UserError("--splits", f"{unknown[0]!r} is no split", f"Write {', '.join(SPLITS)} before the =")
     if len(set(pairs.values())) < len(pairs):
         raise UserError("--splits", "gives one split two names", "The same clips may not train and test")
-    return {split: pairs[split] for split in SPLITS if split in pairs}
+    return {split: pairs[split] for split in get_args(Split) if split in pairs}
 
 
 def _pairs(text: str, option: str, example: str) -> dict[str, str]:

@@ -128,9 +128,8 @@ def read(found: Found) -> None:
             found.problem(video, f"its labels cannot be used: {labels} {error}", "Copy the .csd file again")
             continue
         _video(found, sequences, by_name, video, values.reshape(len(times), -1), times)
-    for name in sorted(
-        set(by_name) - {video.split("[", maxsplit=1)[0] for video in labels.videos()} - set(labels.videos())
-    ):
+    videos = labels.videos()
+    for name in sorted(set(by_name) - {video.split("[", maxsplit=1)[0] for video in videos} - set(videos)):
         found.leave_out(name, f"in {found.options.split_from} and without labels")
 
 
@@ -189,8 +188,9 @@ def _words(sequence: Sequence, video: str, rows: np.ndarray) -> str:
     data = sequence.dataset(video, "features")
     if data.dtype.kind not in "SO":
         raise ValueError(f"{sequence} has type {data.dtype}, which is not words")
-    held = _read(data, slice(int(rows[0]), int(rows[-1]) + 1)).reshape(-1) if len(rows) else []
-    words = [held[row - rows[0]] for row in rows]
+    if len(rows) == 0:
+        return ""
+    words = _read(data, slice(int(rows[0]), int(rows[-1]) + 1)).reshape(-1)[rows - rows[0]].tolist()
     told = [word.decode(errors="replace") if isinstance(word, bytes) else str(word) for word in words]
     return " ".join(word for word in told if word != SILENCE)
 

@@ -19,7 +19,7 @@ from sharding.npy import read_npy, read_shape
 from tools.imports.found import Found
 from tools.imports.numpy_pickle import load_archive
 from tools.imports.splits import match_splits, read_split_file
-from tools.manifest import missing_columns, read_csv, read_text
+from tools.imports.tables import read_table
 from tools.progress import tracked
 from tools.sources import Features
 
@@ -176,12 +176,7 @@ def _transcripts(found: Found, root: Path) -> dict[str, str]:
     if found.options.transcript is None:
         return {}
     path = root / found.options.transcript
-    errors: list[UserError] = []
-    rows = [row for _, row in read_csv(path, read_text(path), errors, ("name",))]
+    rows = read_table(path, ("name", LANGUAGES))
     column = next((name for name in LANGUAGES if rows and name in rows[0]), LANGUAGES[0])
-    if rows:
-        errors += missing_columns(path, set(rows[0]), ("name", column))
-    if errors:
-        raise UserErrors(errors)
     found.remark(f"Transcripts: column {column!r} of {path.name}")
     return {row["name"].strip(): row[column] for row in rows}

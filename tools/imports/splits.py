@@ -11,13 +11,14 @@ from typing import Any, get_args
 from sharding.errors import UserError, UserErrors
 from sharding.files import read_bounded
 from sharding.shards import Split
-from tools.manifest import missing_columns, read_csv, read_text
+from tools.imports.tables import read_table
 
 NAMES: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
     "valid": ("valid", "val", "dev", "validation", "develop"),
     "test": ("test", "test1", "testing"),
 }
+COLUMNS = ("name", "id", "key", "video")  # of a CSV, the first that is there
 MOST_BYTES = 1 << 26
 REMEDY = 'Give JSON {"train": [names], "valid": […], "test": […]}, a CSV with columns name and split, or the fold file'
 
@@ -96,12 +97,8 @@ def _json(path: Path) -> Iterable[tuple[Split, list[Any]]]:
 
 
 def _csv(path: Path) -> Iterable[tuple[Split, list[Any]]]:
-    errors: list[UserError] = []
-    rows = [row for _, row in read_csv(path, read_text(path), errors, ("split",))]
-    column = next((name for name in ("name", "id", "key", "video") if rows and name in rows[0]), "name")
-    errors = errors or (missing_columns(path, set(rows[0]), (column, "split")) if rows else [])
-    if errors:
-        raise UserErrors(errors)
+    rows = read_table(path, ("split", COLUMNS))
+    column = next((name for name in COLUMNS if rows and name in rows[0]), COLUMNS[0])
     return [(_known(row["split"]), [row[column].strip()]) for row in rows]
 
 

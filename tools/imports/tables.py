@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from sharding.errors import UserError, UserErrors
-from tools.manifest import FILM_SUFFIXES, capped, missing_columns, read_csv, read_text
+from tools.manifest import FILM_SUFFIXES, Wanted, capped, missing_columns, read_csv, read_text
 
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 
-def read_table(path: Path, wanted: tuple[str, ...]) -> list[dict[str, str]]:
+def read_table(path: Path, wanted: Wanted) -> list[dict[str, str]]:
     """The rows by column.
 
     Raises:
