@@ -96,10 +96,16 @@ def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     return text.encode("latin1")
 
 
+def _no_bytes() -> bytes:
+    """How protocols 0 to 2 hold none."""
+    return b""
+
+
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("numpy", "dtype"): _Type,
     ("numpy", "ndarray"): _ARRAY,
     ("_codecs", "encode"): _encode,
+    ("__builtin__", "bytes"): _no_bytes,
     ("collections", "OrderedDict"): OrderedDict,
     **{(module, "_reconstruct"): _reconstruct for module in _OF_NUMPY},
     **{(module, "scalar"): _scalar for module in _OF_NUMPY},

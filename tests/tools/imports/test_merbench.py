@@ -99,7 +99,13 @@ def test_bad_features(importer, corpus):
     os.truncate(folder / "train3_-ab$.npy", 130)
     np.save(importer.root / "features" / "manet" / "train4_-ab$" / "9999.npy", importer.array(2, 3))
     errors = importer.refused("merbench", importer.root, *NAMES)
-    told = ["NaN or infinite values (1 of 18)", "has width 7", "pickled objects", "is truncated or lies", "9999.npy of shape"]
+    told = [
+        "NaN or infinite values (1 of 18)",
+        "has width 7",
+        "pickled objects",
+        "is truncated or lies",
+        "9999.npy of shape",
+    ]
     assert len(errors) == 5 and all(one in line for one, line in zip(told, errors, strict=True))
     importer.good("merbench", importer.root, *NAMES, *SET_ASIDE, "--fill-non-finite")
     assert len(importer.set_aside()) == 4 and importer.record()["filled"] == ["train0_-ab$"]
