@@ -114,6 +114,8 @@ def read(found: Found) -> None:
         UserError, UserErrors: no split file, or sequences that are missing, damaged, or not named.
     """
     need("h5py", "reading .csd files")
+    _open.cache_clear()  # the files may be others than at the last import of this process
+    _names.cache_clear()
     if found.options.split_from is None:
         raise UserError("--split-from", "is missing: .csd files do not say which videos train and test", FOLDS)
     by_name = read_split_file(found.options.split_from)

@@ -110,6 +110,7 @@ def read(found: Found) -> None:
         UserError, UserErrors: no such folder, columns that are not said or not there, classes without numbers.
     """
     datasets = need("datasets", WHAT)
+    _open.cache_clear()  # the folder may be another than at the last import of this process
     held = _open(found.source)
     parts: dict[Any, Any] = dict(held) if isinstance(held, datasets.DatasetDict) else {None: held}
     splits: dict[Any, Split | None] = {}

@@ -140,10 +140,12 @@ def encode(name: str, images: list[np.ndarray]) -> np.ndarray:
 @functools.lru_cache(maxsize=1)
 def _load(name: str) -> tuple[Any, Any]:
     import torch  # noqa: PLC0415
-    from transformers import AutoImageProcessor, AutoModel  # noqa: PLC0415
+    from transformers import AutoImageProcessor, AutoModel, logging  # noqa: PLC0415
 
     from dist_train.pretrained import LOAD_ERRORS, cannot_load, load_model  # noqa: PLC0415
 
+    logging.set_verbosity_error()  # of heads and poolers that are not used
+    logging.disable_progress_bar()
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)  # one of many workers
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -83,12 +84,13 @@ def frames_of(file: BinaryIO, rate: float) -> Iterator[np.ndarray]:
 @contextmanager
 def _opened(av: Any, file: BinaryIO) -> Iterator[Any]:
     """The container; what PyAV raises becomes ValueError."""
+    _refuse_cut_riff(file)
     try:
         # From open bytes and with no protocol, nothing but them can be read.
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "none"}
         with av.open(file, mode="r", options=options, metadata_errors="replace") as container:
             yield container
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:
         raise ValueError(f"cannot be decoded, damaged or truncated ({error.strerror or error})") from None
     except EOFError:
         raise ValueError("cannot be decoded, damaged or truncated (it ends too early)") from None
@@ -99,6 +101,22 @@ def _decoded(container: Any, track: Any) -> Iterator[Any]:
         if frame.is_corrupt:
             raise ValueError("holds damaged frames")
         yield frame
+
+
+def _refuse_cut_riff(file: BinaryIO) -> None:
+    """FFmpeg takes what is there of a truncated avi or wav for the whole: compare its chunks with the file."""
+    size = file.seek(0, os.SEEK_END)
+    begin = 0
+    while begin + 8 <= size:
+        file.seek(begin)
+        header = file.read(8)
+        length = int.from_bytes(header[4:], "little")
+        if header[:4] != b"RIFF" or length in (0, 0xFFFFFFFF):  # another kind, or streamed
+            break
+        begin += 8 + length + length % 2
+    file.seek(0)
+    if begin > size + 1:
+        raise ValueError(f"is truncated ({size} of {begin} bytes)")
 
 
 def _refuse_cut(container: Any, track: Any, seconds: float) -> None:
