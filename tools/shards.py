@@ -137,7 +137,9 @@ def write(table: Manifest, out: Path, making: Making, where: str) -> None:
         bad = table.problems + by_key
         writer.set_aside += [SetAside(key=key, reason=f"{one.where}: {one.problem}") for key, one in bad]
         if table.record is not None:
-            writer.attach("import.json", json.dumps({**table.record, "filled": done["filled"]}, indent=1))
+            aside = [{"key": key, "reason": str(error)} for key, error in bad]
+            record = {**table.record, "filled": done["filled"], "set_aside": aside}
+            writer.attach("import.json", json.dumps(record, indent=1))
     _report(out, table, Counter({name: len(keys) for name, keys in done.items()}), [error for _, error in bad])
 
 

@@ -44,7 +44,7 @@ class Cell:
         held = _open(self.folder)
         part = held if self.split is None else held[self.split]
         try:
-            return part.select_columns([self.column])[self.row][self.column]
+            return part.data.column(self.column)[self.row].as_py()
         except Exception as error:  # pyarrow and datasets raise many kinds for damaged files
             raise ValueError(f"cannot be read ({_reason(error)})") from None
 
@@ -142,29 +142,33 @@ class _Part:
         self.found, self.name, self.part = found, name, part
         self.types = part.features
         options = found.options
+        values = {column: kind.dtype for column, kind in self.types.items() if isinstance(kind, datasets.Value)}
         films = [column for column, kind in self.types.items() if isinstance(kind, datasets.Video)]
         sounds = [column for column, kind in self.types.items() if isinstance(kind, datasets.Audio)]
-        words = [
-            column for column, kind in self.types.items() if getattr(kind, "dtype", "") in ("string", "large_string")
-        ]
-        numbers = [
-            column
-            for column, kind in self.types.items()
-            if isinstance(kind, datasets.ClassLabel) or getattr(kind, "dtype", "").startswith(("float", "int"))
-        ]
+        words = [column for column, kind in values.items() if kind in ("string", "large_string")]
+        classes = [column for column, kind in self.types.items() if isinstance(kind, datasets.ClassLabel)]
+        numbers = [*classes, *(column for column, kind in values.items() if kind.startswith(("float", "int", "uint")))]
         self.media = {*films, *sounds}
         self.films = set(films)
         self.audio = self._column("audio", options.audio, (), sounds or films)
         self.text = self._column("text", options.text, (), [])
         self.vision = self._column("vision", options.vision, (), [])
         self.transcript = self._column("transcript", options.transcript, TRANSCRIPTS, words)
-        classes = words if options.labels is not None else []
-        self.label = self._column("label", options.label, LABELS, [*numbers, *classes])
+        numbers += words if options.labels is not None else []
+        self.label = self._column("label", options.label, LABELS, numbers)
         if self.label is None:
             raise UserError(
                 self._where(), "has no column that is plainly the label", f"Say which: --label; {self._told()}"
             )
+        for role, column, fitting in (
+            ("transcript", self.transcript, words),
+            ("label", self.label, [*numbers, *words]),
+        ):
+            if column is not None and column not in fitting:
+                kind = "words" if role == "transcript" else "a number or class"
+                raise UserError(f"--{role}", f"column {column!r} of {self._where()} holds no {kind}", self._told())
         self.key = next((column for column in KEYS if column in words), None)
+        self.plain = [*classes, *(column for column, kind in values.items() if "binary" not in kind)]
 
     def read(self, split: Split | None, by_name: dict[str, Split] | None) -> None:
         """Adds the rows; without `split`, by the split file."""
@@ -172,16 +176,14 @@ class _Part:
         chosen = {"audio": self.audio, "transcript": self.transcript, "text": self.text, "vision": self.vision}
         told = ", ".join(f"{role} {column}" for role, column in {**chosen, "label": self.label}.items() if column)
         self.found.remark(f"{self.name or 'dataset'}: columns taken: {told}; names from {self.key or 'row numbers'}")
-        heavy = {*self.media, *(column for column in (self.text, self.vision) if column), *self._arrays()}
-        light = [column for column in self.types if column not in heavy]
-        given = sorted(heavy - {column for column in chosen.values() if column})
+        given = sorted(set(self.types) - set(self.plain) - set(chosen.values()))
         if given:
             self.found.remark(f"{self.name or 'dataset'}: columns left out: {', '.join(given)}")
         kind = self.types[self.label]
         names = getattr(kind, "names", None)
         if self.found.options.labels is None and names:
             refuse_classes(names, f"{self._where()}, column {self.label}")
-        rows = self.part.select_columns(light)
+        rows = self.part.select_columns(self.plain)
         for i in tracked(range(len(rows)), f"{self.name or 'dataset'} rows"):
             try:
                 row = rows[i]
@@ -220,20 +222,19 @@ class _Part:
             raise UserError(self._where(), f"has several columns of sound ({', '.join(fitting)})", "Say which: --audio")
         return fitting[0] if len(fitting) == 1 else None
 
-    def _arrays(self) -> list[str]:
-        """Columns of nested lists and pictures, which are not kept as annotations."""
-        plain = ("Value", "ClassLabel")
-        return [column for column, kind in self.types.items() if type(kind).__name__ not in plain]
-
     def _source(self, column: str | None, i: int) -> Media | Features | None:
         if column is not None and column in self.media:
             cell = Cell(self.found.source, self.name, i, column)
-            return None if cell.value() is None else MediaCell(cell, column in self.films)
+            return MediaCell(cell, column in self.films) if self._is_there(column, i) else None
         return self._feature(column, i)
 
     def _feature(self, column: str | None, i: int) -> FeatureCell | None:
-        cell = None if column is None else Cell(self.found.source, self.name, i, column)
-        return None if cell is None or cell.value() is None else FeatureCell(cell)
+        if column is None or not self._is_there(column, i):
+            return None
+        return FeatureCell(Cell(self.found.source, self.name, i, column))
+
+    def _is_there(self, column: str, i: int) -> bool:
+        return self.part.data.column(column)[i].is_valid
 
     def _where(self) -> str:
         return str(self.found.source if self.name is None else self.found.source / self.name)

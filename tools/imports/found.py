@@ -55,6 +55,7 @@ class Found:
     absent: dict[str, list[str]] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     _names: dict[str, str] = field(default_factory=dict)  # key → first name that got it
+    _too_large: Counter[str] = field(default_factory=Counter)  # annotations
     _came_from: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def add(
@@ -104,7 +105,10 @@ class Found:
         for modality, one in {"audio": audio, "text": text or text_features, "vision": vision}.items():
             if one is None:
                 self.absent.setdefault(modality, []).append(key)
-        kept = {str(name): plain_value(value) for name, value in (extra or {}).items()}
+        kept = {}
+        for annotation, held in (extra or {}).items():
+            kept[str(annotation)] = plain_value(held)
+            self._too_large[str(annotation)] += kept[str(annotation)] is None and held is not None
         if key != name:
             self.renamed[key] = name
             kept = {"name": name, **kept}
@@ -150,6 +154,9 @@ class Found:
             remarks.append(f"{len(keys)} clips have no {modality} in the source, e.g. {keys[0]}")
         for reason, count in Counter(one["reason"] for one in self.left_out).items():
             remarks.append(f"{count} left out: {reason}")
+        for name, count in self._too_large.items():
+            if count:
+                remarks.append(f"{count} clips: annotation {name!r} is too large or deep for KEY.json and left out")
         if self.renamed:
             remarks.append(
                 f"{len(self.renamed)} names hold what a shard cannot name; the original is `name` in KEY.json"
@@ -163,7 +170,6 @@ class Found:
             "left_out": self.left_out,
             "without": self.absent,
             "renamed": self.renamed,
-            "set_aside": [{"key": key, "reason": error.problem} for key, error in self.problems],
         }
         remarks += self.remarks
         if self.left_out or self.absent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -19,7 +20,8 @@ def write_film(
     """
     codec = {".mp4": "aac", ".mkv": "pcm_s16le", ".avi": "pcm_s16le"}[path.suffix]
     with av.open(path, "w") as container:
-        sound = picture = None
+        sound: Any = None
+        picture: Any = None
         if samples is not None:
             sound = container.add_stream(codec, rate=rate, layout="stereo" if len(samples) == 2 else "mono")
         if frames is not None:

@@ -54,12 +54,13 @@ def corpus(importer):
     return held
 
 
-def cut(features, intervals, begin, end):
+def cut(held, begin, end):
+    features, intervals = held
     return np.array([row for row, (a, b) in zip(features, intervals, strict=True) if begin <= (a + b) / 2 < end])
 
 
 def test_clips_are_cut_at_the_labels(importer, corpus):
-    summary = importer.good("csd", importer.source, "--split-from", importer.folds)
+    summary = importer.good("csd", importer.source, "--split-from", importer.folds, "--workers", 2)
     found = importer.samples()
     assert len(found) == 6
     for video in VIDEOS[:3]:
@@ -71,8 +72,8 @@ def test_clips_are_cut_at_the_labels(importer, corpus):
             )
             assert one["json"]["annotations"] == pytest.approx(labels[i]) and one["json"]["interval"] == [begin, end]
             for stream, name in {"audio": "COVAREP", "text_features": "glove_vectors", "vision": "OpenFace_2"}.items():
-                assert np.array_equal(one[stream], cut(*corpus[name, video], begin, end).astype(np.float32))
-            words = cut(*corpus["words", video], begin, end)[:, 0]
+                assert np.array_equal(one[stream], cut(corpus[name, video], begin, end).astype(np.float32))
+            words = cut(corpus["words", video], begin, end)[:, 0]
             assert one["text"] == " ".join(word.decode() for word in words if word != b"sp")
     assert {one["name"] for one in importer.record()["left_out"]} == {"zz[0]", "zz[1]", "gone"}
     assert "2 left out: not in" in summary and "audio: COVAREP of CMU_MOSEI_COVAREP.csd" in summary

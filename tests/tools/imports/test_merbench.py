@@ -24,7 +24,8 @@ def corpus(importer):
     root = importer.folder / "mosei"
     for name in ("wavlm-FRA", "vicuna-UTT", "manet"):
         (root / "features" / name).mkdir(parents=True)
-    labels, clips = {}, {}
+    labels: dict[str, dict] = {}
+    clips = {}
     for split, count in {"train": 5, "val": 3, "test": 2}.items():
         labels[split] = {}
         for i in range(count):

@@ -1,10 +1,12 @@
 """The restricted unpickler: equal to pickle on what is harmless, and nothing of the rest is called."""
 
+import contextlib
 import os
 import pickle
 import pickletools
 import struct
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,7 +42,7 @@ def test_harmless_pickles_are_read(tmp_path_factory, tree, protocol):
 
 
 def test_scalars_objects_and_fortran_order(tmp_path):
-    held = {
+    held: dict[str, Any] = {
         "scalar": np.float32(1.5),
         "objects": np.array([{"a": 1}, "x", None], dtype=object),
         "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
@@ -101,6 +103,20 @@ def test_hostile_pickles_are_refused(tmp_path, name):
     with pytest.raises(UserError) as caught:
         load_pickle(tmp_path / "p")
     assert not canary.exists() and len(str(caught.value)) < 1000
+
+
+WHOLE = pickle.dumps({"train": {"id": np.array(["a", "b"]), "text": ["x", 1.5], "audio": np.zeros((2, 3))}})
+
+
+@given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damage_is_told_or_harmless(tmp_path_factory, changes):
+    data = bytearray(WHOLE)
+    for position, value in changes:
+        data[position] = value
+    path = tmp_path_factory.getbasetemp() / "damaged.pkl"
+    path.write_bytes(data)
+    with contextlib.suppress(UserError):
+        load_pickle(path)
 
 
 def test_any_cut_is_told(tmp_path):
