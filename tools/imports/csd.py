@@ -31,7 +31,7 @@ ROLES = {
 }
 SUFFIXES = (".csd", ".hdf5", ".h5")
 SILENCE = "sp"  # the word between words
-MOST_VALUES = 1 << 29  # of a video in one sequence
+MOST_VALUES = 1 << 27  # of a video in one sequence; half an hour of COVAREP has a tenth of it
 FOLDS = "Give --split-from FILE: the SDK's fold file (cmu_mosei_std_folds.py), JSON or CSV"
 
 
@@ -59,9 +59,10 @@ class Sequence:
     def videos(self) -> list[str]:
         """Names of the videos; none where the file is not of this layout."""
         try:
-            return sorted(_hard(_hard(_open(self.path), self.name), "data"))
-        except (ValueError, TypeError):
+            data = _hard(_hard(_open(self.path), self.name), "data")
+        except ValueError:
             return []
+        return sorted(data) if hasattr(data, "keys") else []
 
     def intervals(self, video: str) -> np.ndarray:
         """Begin and end of each feature in seconds, [n, 2].
@@ -129,6 +130,9 @@ def read(found: Found) -> None:
         except ValueError as error:
             found.problem(video, f"its labels cannot be used: {labels} {error}", "Copy the .csd file again")
             continue
+        if len(times) == 0:
+            found.leave_out(video, "has no labelled interval")
+            continue
         _video(found, sequences, by_name, video, values.reshape(len(times), -1), times)
     videos = labels.videos()
     for name in sorted(set(by_name) - {video.split("[", maxsplit=1)[0] for video in videos} - set(videos)):
@@ -188,8 +192,8 @@ def _cut(sequence: Sequence, video: str, rows: np.ndarray) -> Cut | None:
 
 def _words(sequence: Sequence, video: str, rows: np.ndarray) -> str:
     data = sequence.dataset(video, "features")
-    if data.dtype.kind not in "SO":
-        raise ValueError(f"{sequence} has type {data.dtype}, which is not words")
+    if data.dtype.kind not in "SO" or data.size != len(data):
+        raise ValueError(f"{sequence} has type {data.dtype} and shape {list(data.shape)}, which is not a word a step")
     if len(rows) == 0:
         return ""
     words = _read(data, slice(int(rows[0]), int(rows[-1]) + 1)).reshape(-1)[rows - rows[0]].tolist()

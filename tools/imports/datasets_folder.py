@@ -69,8 +69,8 @@ class MediaCell(Media):
         data, path = held.get("bytes"), held.get("path")
         if data is not None:
             return io.BytesIO(data)
-        if not path:
-            raise ValueError("holds neither bytes nor a path")
+        if not path or not (self.cell.folder / path).is_file():
+            raise ValueError(f"holds no bytes, and {path or 'nothing'} is no file")
         return (self.cell.folder / path).open("rb")
 
     def __str__(self) -> str:

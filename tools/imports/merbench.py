@@ -63,7 +63,11 @@ class ClipFeature(Features):
         return np.concatenate(steps) if steps else np.zeros((0, 1))
 
     def _files(self) -> list[Path]:
-        return [self.path] if self.path.suffix == ".npy" else sorted(self.path.glob("*.npy"))
+        return (
+            [self.path]
+            if self.path.suffix == ".npy"
+            else sorted(path for path in self.path.glob("*.npy") if path.is_file())
+        )
 
     def __str__(self) -> str:
         return str(self.path)

@@ -6,6 +6,7 @@ Source: github thuiar/MMSA. {"train" | "valid" | "test": {"id", "raw_text", "aud
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,15 @@ def read(found: Found) -> None:
         raise UserError(where, "is no pickle of splits", "Give a feature pickle of MMSA, e.g. unaligned_50.pkl")
     parts = {_name(key): {_name(name): column for name, column in part.items()} for key, part in held.items()}
     splits = match_splits(parts, found.options.splits, where)
+    told: dict[str, list[str]] = {}  # what was done to which splits
     for name, part in parts.items():
         if name in splits:
-            _Part(found, name, splits[name], part).read()
+            for done in _Part(found, name, splits[name], part).read():
+                told.setdefault(done, []).append(name)
         else:
             found.leave_out(name, "no split")
+    for done, where_done in told.items():
+        found.remark(f"{', '.join(where_done)}: {done}")
 
 
 def _name(key: Any) -> str:
@@ -71,18 +76,18 @@ class _Part:
             del self.columns[column]
         self.lengths = {stream: self._lengths(column) for stream, column in STREAMS.items()}
 
-    def read(self) -> None:
-        """Adds the clips."""
+    def read(self) -> Iterator[str]:
+        """Adds the clips; tells what was done to them."""
         if self.count == 0:
-            self.found.remark(f"{self.name} has no clips")
+            yield "no clips"
         for i in tracked(range(self.count), f"{self.name} clips"):
             self._clip(i)
         if self.count and TOKENS in self.columns:
-            self.found.remark(f"{self.name}: {TOKENS} is left out (token numbers of raw_text)")
+            yield f"{TOKENS} is left out (token numbers of raw_text)"
         for stream, column in STREAMS.items():
             if self.count and column in self.columns:
-                how = "cut to its lengths" if self.lengths[stream] is not None else "has no lengths: padding is kept"
-                self.found.remark(f"{self.name}: {column} {how}")
+                cut = self.lengths[stream] is not None
+                yield f"{column} cut to its lengths" if cut else f"{column} has no lengths, its padding is kept"
 
     def _lengths(self, column: str) -> list[int] | None:
         """Steps of each clip; None where it is not said."""

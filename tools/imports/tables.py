@@ -33,7 +33,7 @@ def media_below(folder: Path) -> Iterator[Path]:
         folders.sort()
         for name in sorted(files):
             path = Path(place) / name
-            if not name.startswith(".") and path.suffix.lower() in (*SOUND_SUFFIXES, *FILM_SUFFIXES):
+            if not name.startswith(".") and path.suffix.lower() in (*SOUND_SUFFIXES, *FILM_SUFFIXES) and path.is_file():
                 yield path
 
 

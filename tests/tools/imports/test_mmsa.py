@@ -57,7 +57,7 @@ def test_padding_is_cut(importer, corpus, protocol):
             assert got["text"] == one["raw_text"][i] and got["label"] == pytest.approx(one["regression_labels"][i])
             assert got["json"]["annotations"] == "Positive" and got["split"] == split
             assert got["json"]["classification_labels"] == one["classification_labels"][i]
-    assert "train: audio cut to its lengths" in summary and "text_bert is left out" in summary
+    assert "train, valid, test: audio cut to its lengths" in summary and "text_bert is left out" in summary
 
 
 def test_without_lengths_padding_is_kept_and_said(importer):
@@ -65,7 +65,7 @@ def test_without_lengths_padding_is_kept_and_said(importer):
     del held["text_bert"]
     summary = importer.good("mmsa", write(importer, {"train": held}))
     assert all(len(one["audio"]) == 8 for one in importer.samples().values())
-    assert "audio has no lengths: padding is kept" in summary
+    assert "train: audio has no lengths, its padding is kept" in summary
 
 
 def test_bad_values_are_named(importer, corpus):
@@ -109,7 +109,7 @@ def test_empty_split_and_other_labels(importer, corpus):
     for one in held.values():
         one["regression_labels_A"] = one["regression_labels"] / 3
     summary = importer.good("mmsa", write(importer, held), "--label", "regression_labels_A", "--label-range", -1, 1)
-    assert "valid has no clips" in summary
+    assert "valid: no clips" in summary
     key = held["test"]["id"][0]
     one = importer.samples()[key]
     assert one["label"] == pytest.approx(held["test"]["regression_labels_A"][0])
