@@ -158,6 +158,8 @@ def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: Do
         recipe.text,
         minimum_audio=model.audio.minimum_samples,
         widths=recipe.widths.model_dump(),
+        missing=recipe.missing,
+        seed=recipe.seed,
     )
 
 
