@@ -14,10 +14,10 @@ import typer
 
 from dist_train import launch_commands
 from dist_train.launch_commands import OtherBaseOption
+from dist_train.shard_commands import shards
 from sharding.errors import UserError, UserErrors
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
-shards = typer.Typer(no_args_is_help=True, help="Make, look at and verify WebDataset shards.")
 app.add_typer(shards, name="shards")
 
 RunArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Run directory (the --output of train).")]
@@ -28,7 +28,6 @@ REFUSED = (
     *(errno.EIO, errno.ESTALE, errno.ENAMETOOLONG),
 )
 REMEDY = "Free space or name another place; what was saved before is whole."
-BAD_SAMPLE_HELP = "stop, or set_aside: leave bad samples out and count them."
 
 
 def known_format(name: str) -> str:
@@ -336,63 +335,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     from tools.doctor import doctor as examine
 
     examine(as_json=as_json)
-
-
-@shards.command("make")
-def shards_make(
-    manifest: Annotated[Path, typer.Argument(help="CSV or JSONL: key, audio, text, vision, label, split.")],
-    out: Annotated[Path, typer.Argument(help="Directory to make.")],
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples per tar.")] = 1000,
-    on_bad_sample: Annotated[str, typer.Option(help=BAD_SAMPLE_HELP)] = "stop",
-    label_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest label.")] = (-3.0, 3.0),
-) -> None:
-    """Build shards from a manifest."""
-    from tools.shards import make
-
-    if on_bad_sample not in ("stop", "set_aside"):
-        raise UserError("--on-bad-sample", f"is {on_bad_sample!r}", "Write stop or set_aside.")
-    make(
-        manifest,
-        out,
-        workers=workers,
-        samples_per_shard=samples_per_shard,
-        on_bad_sample=on_bad_sample,
-        label_range=label_range,
-    )
-
-
-@shards.command("demo")
-def shards_demo(
-    out: Annotated[Path, typer.Argument(help="Directory to make.")],
-    clips: Annotated[int, typer.Option(min=20, help="Number of clips.")] = 2000,
-    mean_seconds: Annotated[float, typer.Option(min=1, help="Mean length of a clip in seconds.")] = 2.5,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the corpus.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
-) -> None:
-    """Generate the embedded corpus (spoken opinion sentences with faces) as shards."""
-    from tools.demo_corpus import make_demo
-
-    make_demo(out, clips=clips, seed=seed, workers=workers, mean_seconds=mean_seconds)
-
-
-@shards.command("inspect")
-def shards_inspect(
-    directory: Annotated[Path, typer.Argument(help="Directory of shards.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show counts, lengths, labels, missing modalities and a few samples."""
-    from tools.shards import inspect
-
-    inspect(directory, as_json=as_json)
-
-
-@shards.command("verify")
-def shards_verify(directory: Annotated[Path, typer.Argument(help="Directory of shards.")]) -> None:
-    """Check every checksum."""
-    from tools.shards import verify
-
-    verify(directory)
 
 
 def again() -> list[str]:

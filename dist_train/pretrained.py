@@ -40,6 +40,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     quantization_config: BitsAndBytesConfig | None = None,
+    unused: str | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """kind.from_pretrained, which fills weights the files lack with random numbers: here that is an error.
@@ -49,6 +50,7 @@ def load_model(
         where: recipe key, for messages.
         name: local folder or hub id.
         dtype: of the weights. They are cast, and quantised, one by one while they are read.
+        unused: beginning of the names of weights that the caller does not use: they may be absent.
         settings: fields of the configuration to override.
 
     Raises:
@@ -66,7 +68,7 @@ def load_model(
         )
     except LOAD_ERRORS as error:
         raise cannot_load(where, name, error) from None
-    absent = sorted(loaded["missing_keys"])
+    absent = sorted(key for key in loaded["missing_keys"] if unused is None or not key.startswith(unused))
     if absent:
         raise UserError(
             where,

@@ -174,6 +174,14 @@ class DatasetWriter:
         if len(shard.columns.key) == self._samples_per_shard:
             self._end_shard(self._open.pop(split))
 
+    def attach(self, name: str, text: str) -> None:
+        """Put a file beside the tars, which readers of the shards do not need.
+
+        Raises:
+            OSError: the disk refuses it.
+        """
+        _write_synced(self._directory / name, text)
+
     def finish(self) -> DatasetInfo:
         """Close the tars and write dataset.json."""
         for shard in self._open.values():

@@ -149,14 +149,8 @@ def make_demo(out: Path, *, clips: int, seed: int, workers: int, mean_seconds: f
     refuse_existing(out)  # before minutes of work
     with tempfile.TemporaryDirectory(prefix="dist-train-demo-") as folder:
         manifest = generate(Path(folder), clips=clips, seed=seed, workers=workers, mean_seconds=mean_seconds)
-        shards.make(
-            manifest,
-            out,
-            workers=workers,
-            samples_per_shard=SAMPLES_PER_SHARD,
-            on_bad_sample="stop",
-            label_range=(-3.0, 3.0),
-        )
+        making = shards.Making(workers, SAMPLES_PER_SHARD, on_bad_sample="stop", label_range=(-3.0, 3.0))
+        shards.make(manifest, out, making)
 
 
 @dataclass(frozen=True)

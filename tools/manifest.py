@@ -17,11 +17,15 @@ from typing import Any, get_args
 from sharding.errors import UserError, UserErrors
 from sharding.files import read_bounded
 from sharding.shards import LARGEST_LABEL, LONGEST_KEY, Split
+from tools.sources import Features, Media
 
 REQUIRED = ("key", "label", "split")
 FILES = ("audio", "text_features", "vision")
 MODALITIES = ("audio", "text", "text_features", "vision")
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy")
+FILM_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy", *FILM_SUFFIXES)
+COLUMNS = (*REQUIRED, MODALITIES)
+Wanted = tuple[str | tuple[str, ...], ...]  # columns of a table
 LONG_TEXT = 8000  # characters, about the 2048-token context of Llama
 LONGEST_TEXT = 1_000_000  # characters, about what is said in 20 hours: another file, or a quote that never ends
 MOST_BYTES = 1 << 30  # of a manifest, about ten million lines; it is read as a whole
@@ -30,32 +34,38 @@ MOST_ERRORS = 50
 
 @dataclass(frozen=True)
 class Row:
-    """One sample of the manifest; paths are absolute or relative to the working directory, None where empty."""
+    """One sample; paths are absolute or relative to the working directory, None where the modality is absent.
+
+    `audio` is a sound file, a film whose sound track is taken, or features.
+    """
 
     key: str
     label: float
     split: Split
-    audio: Path | None
+    audio: Path | Media | Features | None
     text: str | None
-    text_features: Path | None
-    vision: Path | None
+    text_features: Path | Features | None
+    vision: Path | Features | None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """The rows in file order, and remarks that are no errors (very long texts)."""
+    """The rows in file order, and what else is to be said of the corpus."""
 
     rows: list[Row]
-    notes: list[str]
+    notes: list[str]  # remarks that are no errors (very long texts)
+    remarks: list[str] = field(default_factory=list)  # of an importer, for the summary
+    problems: list[tuple[str, UserError]] = field(default_factory=list)  # by key, of samples that could not become rows
+    record: dict[str, Any] | None = None  # of an importer: what becomes import.json beside the tars
 
 
 def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0)) -> Manifest:
     """Read and check a manifest.
 
-    Columns: key, label, split (train, valid, test), and at least one of audio (wav, flac, ogg, mp3, or .npy features
-    [T, D]), text (transcript), text_features (.npy), vision (.npy). Paths are relative to the manifest. Other columns
-    are kept. Any modality may be empty, not all of them.
+    Columns: key, label, split (train, valid, test), and at least one of audio (wav, flac, ogg, mp3, a film, or .npy
+    features [T, D]), text (transcript), text_features (.npy), vision (.npy). Paths are relative to the manifest. Other
+    columns are kept. Any modality may be empty, not all of them.
 
     Args:
         path: CSV with a header, or one JSON object per line (.jsonl, .ndjson); UTF-8.
@@ -64,16 +74,13 @@ def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0)) ->
     Raises:
         UserErrors: all problems found, at most MOST_ERRORS of them written out.
     """
-    if not label_range[0] < label_range[1]:
-        raise UserError("label range", f"{label_range[0]} is not below {label_range[1]}", "Give MIN before MAX")
-    if max(map(abs, label_range)) > LARGEST_LABEL:
-        raise UserError("label range", f"{label_range} goes beyond ±{LARGEST_LABEL:g}", "Scale the labels down")
-    text = _read_text(path)
+    check_label_range(label_range)
+    text = read_text(path)
     jsonl = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
     errors: list[UserError] = []
-    cells = list(_read_jsonl(path, text, errors) if jsonl else _read_csv(path, text, errors))
+    cells = list(_read_jsonl(path, text, errors) if jsonl else read_csv(path, text, errors, COLUMNS))
     columns = {column for _, row in cells for column in row}
-    errors = _missing_columns(path, columns) + errors if cells else errors
+    errors = missing_columns(path, columns, COLUMNS) + errors if cells else errors
     if not cells and not errors:
         errors.append(UserError(str(path), "has no rows", "Write one row per clip"))
 
@@ -86,12 +93,24 @@ def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0)) ->
     errors.extend(_duplicates(path, cells))
     if errors:
         raise UserErrors(capped(errors, str(path)))
-    notes = [
+    return Manifest(rows, long_texts(rows))
+
+
+def check_label_range(label_range: tuple[float, float]) -> None:
+    """Raise UserError unless it goes upwards and is far from the end of fp32."""
+    if not label_range[0] < label_range[1]:
+        raise UserError("label range", f"{label_range[0]} is not below {label_range[1]}", "Give MIN before MAX")
+    if max(map(abs, label_range)) > LARGEST_LABEL:
+        raise UserError("label range", f"{label_range} goes beyond ±{LARGEST_LABEL:g}", "Scale the labels down")
+
+
+def long_texts(rows: list[Row]) -> list[str]:
+    """A remark for each transcript that the language model may cut."""
+    return [
         f"{row.key}: text of {len(row.text)} characters; the language model may cut it"
         for row in rows
         if row.text and len(row.text) > LONG_TEXT
     ]
-    return Manifest(rows, notes)
 
 
 def capped(errors: list[UserError], where: str) -> list[UserError]:
@@ -101,7 +120,12 @@ def capped(errors: list[UserError], where: str) -> list[UserError]:
     return errors if rest <= 0 else errors[:MOST_ERRORS] + more
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A manifest or another table.
+
+    Raises:
+        UserError, UserErrors: it cannot be read, is too large, or is no UTF-8; names every such line.
+    """
     try:
         data = read_bounded(path, MOST_BYTES, "Name a CSV or JSONL manifest")
     except OSError as error:
@@ -120,7 +144,12 @@ def _read_text(path: Path) -> str:
     raise UserErrors(capped(errors, str(path)))
 
 
-def _read_csv(path: Path, text: str, errors: list[UserError]) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_csv(path: Path, text: str, errors: list[UserError], wanted: Wanted) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line and cells by column of each row; adds what is wrong to `errors`.
+
+    Args:
+        wanted: see `missing_columns`. A table that has none of them is taken for one without header.
+    """
     csv.field_size_limit(sys.maxsize)  # the default refuses transcripts beyond 131,072 characters
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
@@ -128,8 +157,8 @@ def _read_csv(path: Path, text: str, errors: list[UserError]) -> Iterator[tuple[
         for name, count in Counter(header).items():
             if count > 1:
                 errors.append(UserError(f"{path}:1", f"column {name!r} stands {count} times", "Keep one"))
-        if not set(REQUIRED) & set(header):
-            errors.extend(_missing_columns(path, set(header)))
+        if not {one for one in wanted if isinstance(one, str)} & set(header):
+            errors.extend(missing_columns(path, set(header), wanted))
             return
         line = reader.line_num + 1
         for cells in reader:
@@ -168,12 +197,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _missing_columns(path: Path, columns: set[str]) -> list[UserError]:
+def missing_columns(path: Path, columns: set[str], wanted: Wanted) -> list[UserError]:
+    """An error for each column that a table lacks; of columns in a tuple it must have one."""
     remedy = f"Columns found: {', '.join(sorted(columns)) or 'none'}"
-    errors = [UserError(str(path), f"has no column {name!r}", remedy) for name in REQUIRED if name not in columns]
-    if not columns & set(MODALITIES):
-        errors.append(UserError(str(path), f"has none of the columns {', '.join(MODALITIES)}", remedy))
-    return errors
+    told = [
+        f"has no column {one!r}" if isinstance(one, str) else f"has none of the columns {', '.join(one)}"
+        for one in wanted
+        if not columns & ({one} if isinstance(one, str) else set(one))
+    ]
+    return [UserError(str(path), problem, remedy) for problem in told]
 
 
 def _duplicates(path: Path, cells: list[tuple[int, dict[str, Any]]]) -> list[UserError]:
@@ -197,16 +229,16 @@ def _check_row(
         for name in values
         if not isinstance(cells.get(name), str | int | float | None)
     ]
-    if values["text"] and not _encodes(values["text"]):
+    if values["text"] and not encodes(values["text"]):
         problems.append(("text holds half a surrogate pair", "Write the whole character"))
     key = values["key"] or ""
     if len(values["text"] or "") > LONGEST_TEXT:
         problems.append((f"text of {len(values['text'] or '')} characters", f"Write at most {LONGEST_TEXT}"))
     if "key" in columns:
-        problems += _check_key(key)
+        problems += check_key(key)
     label = math.nan
     if "label" in columns:
-        label, found = _check_label(cells.get("label"), label_range)
+        label, found = check_label(cells.get("label"), label_range)
         problems += found
     split = values["split"] or ""
     if "split" in columns and split not in get_args(Split):
@@ -237,7 +269,8 @@ def _cell(value: Any) -> str | None:
     return str(value).strip() or None if isinstance(value, str | int | float) else None
 
 
-def _encodes(text: str) -> bool:
+def encodes(text: str) -> bool:
+    """Whether it is text that UTF-8 can write."""
     try:
         text.encode()
     except UnicodeEncodeError:  # a lone \ud800 in JSON
@@ -245,7 +278,8 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _check_key(key: str) -> list[tuple[str, str]]:
+def check_key(key: str) -> list[tuple[str, str]]:
+    """What is wrong with a sample's name, and what to do."""
     if not key:
         return [("key is empty", "Give every clip a name")]
     if len(key) > LONGEST_KEY:
@@ -258,7 +292,8 @@ def _check_key(key: str) -> list[tuple[str, str]]:
     )
 
 
-def _check_label(value: Any, label_range: tuple[float, float]) -> tuple[float, list[tuple[str, str]]]:
+def check_label(value: Any, label_range: tuple[float, float]) -> tuple[float, list[tuple[str, str]]]:
+    """The label (NaN where it is none), and what is wrong with it."""
     remedy = f"Write a number from {label_range[0]:g} to {label_range[1]:g} (or change --label-range)"
     try:
         label = math.nan if isinstance(value, bool) else float(value)

@@ -15,7 +15,9 @@ from sharding.errors import UserError
 from sharding.npy import read_npy, read_shape
 from sharding.shard_writer import PackedSample, pack_sample
 from sharding.shards import LONGEST_SECONDS, SAMPLE_RATE, Dims
-from tools.manifest import FILES, Row
+from tools.imports.media import sound_of
+from tools.manifest import FILES, FILM_SUFFIXES, Row
+from tools.sources import Features, Film, Media
 
 SHORTEST = 400  # samples at 16 kHz: one window of the speech encoder's convolutions (25 ms)
 RATES = (1000, 768_000)  # Hz that recorders use, with room; others are a mistake or fill the memory when resampled
@@ -26,7 +28,7 @@ VOTERS = 1000
 
 @dataclass(frozen=True)
 class Prepared:
-    """A packed sample, and what was done to its audio ("resampled", "mixed to mono", "clipped")."""
+    """A packed sample, and what was done to it: "resampled", "mixed to mono", "clipped", "filled"."""
 
     sample: PackedSample
     done: tuple[str, ...]
@@ -40,53 +42,57 @@ def find_dims(rows: list[Row]) -> Dims:
     """
     most = {}
     for name in FILES:
-        paths: list[Path] = [path for row in rows if (path := getattr(row, name)) is not None]
-        widths = Counter(map(_width, paths[:: -(-len(paths) // VOTERS) or 1]))
+        sources = [source for row in rows if (source := getattr(row, name)) is not None]
+        widths = Counter(map(_width, sources[:: -(-len(sources) // VOTERS) or 1]))
         widths.pop(None, None)
         most[name] = widths.most_common(1)[0][0] if widths else None
     return Dims.model_validate({"audio": most["audio"], "text": most["text_features"], "vision": most["vision"]})
 
 
-def _width(path: Path) -> int | str | None:
-    if path.suffix.lower() != ".npy":
+def _width(source: Path | Media | Features) -> int | str | None:
+    if isinstance(source, Features):
+        return source.width
+    if isinstance(source, Media) or source.suffix.lower() != ".npy":
         return "waveform"
     try:
-        with path.open("rb") as file:
-            shape = read_shape(file, path.stat().st_size)
+        with source.open("rb") as file:
+            shape = read_shape(file, source.stat().st_size)
     except (OSError, ValueError):
         return None
     return shape[1] if len(shape) == 2 and shape[1] > 0 else None
 
 
-def prepare(row: Row, dims: Dims) -> Prepared | UserError:
+def prepare(row: Row, dims: Dims, fill: bool = False) -> Prepared | UserError:
     """Read, check and pack one row. An error is returned, not raised: it has to cross processes with its fields.
 
     Args:
         row: of the manifest.
         dims: widths the corpus has.
+        fill: write 0 where features are NaN or infinite, which is an error otherwise.
 
     Returns:
         The packed sample, or the UserError that names the sample and the file.
     """
     done: list[str] = []
     try:
-        if row.audio is None:
-            audio = None
-        elif row.audio.suffix.lower() == ".npy":
-            audio = read_features(row.audio, dims.audio)
-        elif dims.audio != "waveform":
-            raise _bad(row.audio, f"is a waveform, most audio of this corpus is features of width {dims.audio}")
-        else:
+        audio = None
+        if isinstance(row.audio, Features) or (isinstance(row.audio, Path) and row.audio.suffix.lower() == ".npy"):
+            audio = read_features(row.audio, dims.audio, fill, done)
+        elif row.audio is not None:
+            if dims.audio != "waveform":
+                raise _bad(row.audio, f"is a waveform, most audio of this corpus is features of width {dims.audio}")
             audio = read_waveform(row.audio, done)
-        text_features = None if row.text_features is None else read_features(row.text_features, dims.text)
-        vision = None if row.vision is None else read_features(row.vision, dims.vision)
+        text, vision = (
+            None if source is None else read_features(source, width, fill, done)
+            for source, width in ((row.text_features, dims.text), (row.vision, dims.vision))
+        )
         packed = pack_sample(
             row.key,
             row.label,
             row.split,
             audio=audio,
             text=row.text,
-            text_features=text_features,
+            text_features=text,
             vision=vision,
             extra=row.extra,
         )
@@ -99,11 +105,11 @@ def prepare(row: Row, dims: Dims) -> Prepared | UserError:
     return Prepared(packed, tuple(done))
 
 
-def read_waveform(path: Path, done: list[str]) -> np.ndarray:
-    """Decode an audio file to 16 kHz mono.
+def read_waveform(source: Path | Media, done: list[str]) -> np.ndarray:
+    """Decode a sound, or the sound track of a film, to 16 kHz mono.
 
     Args:
-        path: anything libsndfile reads.
+        source: a file that libsndfile reads, or a film.
         done: gets "resampled", "mixed to mono", "clipped" appended where that was needed.
 
     Returns:
@@ -112,6 +118,35 @@ def read_waveform(path: Path, done: list[str]) -> np.ndarray:
     Raises:
         UserError: undecodable, truncated, empty, shorter than 25 ms, longer than LONGEST_SECONDS, or with NaN.
     """
+    if isinstance(source, Path) and source.suffix.lower() in FILM_SUFFIXES:
+        source = Film(source)
+    if isinstance(source, Path):
+        audio, rate = _decode_file(source)
+    else:
+        try:
+            with source.open() as file:
+                audio, rate = sound_of(file)
+        except (ValueError, OSError) as error:
+            raise _bad(source, str(getattr(error, "strerror", None) or error)) from error
+    if len(audio) == 0:
+        raise _bad(source, "is empty")
+    if not np.isfinite(audio).all():
+        raise _bad(source, "holds NaN or infinite samples")
+    if audio.shape[1] > 1:
+        done.append("mixed to mono")
+    mono = audio.mean(axis=1)
+    if rate != SAMPLE_RATE:
+        done.append("resampled")
+        mono = soxr.resample(mono, rate, SAMPLE_RATE)
+    if len(mono) < SHORTEST:
+        raise _bad(source, f"is too short ({len(mono) / SAMPLE_RATE * 1000:.1f} ms; at least 25 ms)")
+    if np.abs(mono).max() > 1.0:
+        done.append("clipped")
+    return np.clip(mono, -1.0, 1.0)
+
+
+def _decode_file(path: Path) -> tuple[np.ndarray, int]:
+    """A sound file's samples [frames, channels] and rate."""
     try:
         _refuse_cut_wav(path)
         with soundfile.SoundFile(path) as stream:
@@ -120,31 +155,21 @@ def read_waveform(path: Path, done: list[str]) -> np.ndarray:
             audio = stream.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, OSError) as error:
         raise _bad(path, f"cannot be decoded, damaged or truncated ({_reason(error)})") from error
-    if expected == 0:
-        raise _bad(path, "is empty")
     if len(audio) != expected:
         raise _bad(path, f"is truncated ({len(audio)} of {expected} frames decode)")
-    if not np.isfinite(audio).all():
-        raise _bad(path, "holds NaN or infinite samples")
-    if audio.shape[1] > 1:
-        done.append("mixed to mono")
-    mono = audio.mean(axis=1)
-    if rate != SAMPLE_RATE:
-        done.append("resampled")
-        mono = soxr.resample(mono, rate, SAMPLE_RATE)
-    if len(mono) < SHORTEST:
-        raise _bad(path, f"is too short ({len(mono) / SAMPLE_RATE * 1000:.1f} ms; at least 25 ms)")
-    if np.abs(mono).max() > 1.0:
-        done.append("clipped")
-    return np.clip(mono, -1.0, 1.0)
+    return audio, rate
 
 
-def read_features(path: Path, width: int | str | None) -> np.ndarray:
-    """A feature file.
+def read_features(
+    source: Path | Features, width: int | str | None, fill: bool = False, done: list[str] | None = None
+) -> np.ndarray:
+    """Features of a .npy file or of another source.
 
     Args:
-        path: .npy.
+        source: where they are.
         width: D that the corpus has.
+        fill: write 0 where they are NaN or infinite.
+        done: gets "filled" appended where that was needed.
 
     Returns:
         float32 [T, D], T >= 1.
@@ -153,29 +178,43 @@ def read_features(path: Path, width: int | str | None) -> np.ndarray:
         UserError: unreadable, pickled, wrong rank or width, empty, not numeric, NaN or infinite in float32.
     """
     try:
-        with path.open("rb") as file:
-            array = read_npy(file, path.stat().st_size)
+        if isinstance(source, Features):
+            array = source.read()
+        else:
+            with source.open("rb") as file:
+                array = read_npy(file, source.stat().st_size)
     except OSError as error:
-        raise _bad(path, f"cannot be read ({_reason(error)})") from error
+        raise _bad(source, f"cannot be read ({_reason(error)})") from error
     except ValueError as error:
-        raise _bad(path, str(error)) from None
+        raise _bad(source, str(error)) from None
     if array.ndim != 2:
-        raise _bad(path, f"has rank {array.ndim} (shape {list(array.shape)}), expected [time, width]")
+        raise _bad(source, f"has rank {array.ndim} (shape {list(array.shape)}), expected [time, width]")
     if width == "waveform":
-        raise _bad(path, "is features, most audio of this corpus is waveforms")
+        raise _bad(source, "is features, most audio of this corpus is waveforms")
     if array.shape[1] != width:
-        raise _bad(path, f"has width {array.shape[1]}, most files of this corpus have {width}")
+        raise _bad(source, f"has width {array.shape[1]}, most files of this corpus have {width}")
     if len(array) == 0:
-        raise _bad(path, "is empty")
+        raise _bad(source, "is empty")
     with np.errstate(over="ignore"):
         array = array.astype(np.float32)
-    if not np.isfinite(array).all():
-        raise _bad(path, "holds NaN or infinite values")
+    finite = np.isfinite(array)
+    if not finite.all() and not fill:
+        problem = f"holds NaN or infinite values ({np.sum(~finite)} of {array.size})"
+        raise _bad(
+            source, problem, "Repair it, or write 0 there with --fill-non-finite, or use --on-bad-sample set_aside"
+        )
+    if not finite.all():
+        array[~finite] = 0
+        if done is not None:
+            done.append("filled")
     return array
 
 
-def _bad(path: Path, problem: str) -> UserError:
-    return UserError(str(path), problem, "Repair the file, leave the cell empty, or use --on-bad-sample set_aside")
+REPAIR = "Repair the file, leave the cell empty, or use --on-bad-sample set_aside"
+
+
+def _bad(source: Path | Media | Features, problem: str, remedy: str = REPAIR) -> UserError:
+    return UserError(str(source), problem, remedy)
 
 
 def _reason(error: Exception) -> str:

@@ -11,13 +11,13 @@ from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from sharding.errors import UserError, UserErrors, plain
@@ -37,71 +37,110 @@ from sharding.shards import (
 )
 from sharding.signals import interrupt_blocked
 from sharding.table import columns_path, read_columns, table_of
-from tools.manifest import Manifest, Row, capped, read_manifest
+from tools.imports.frames import FrameEncoder, with_frames
+from tools.manifest import Manifest, Row, capped, check_label_range, read_manifest
+from tools.progress import progress_bar
 from tools.samples import Prepared, find_dims, prepare
 
 LENGTHS = ("audio_seconds", "audio_frames", "text_characters", "text_frames", "vision_frames")
 SCALE_CLIPS, UNEQUAL = 64, 100  # clips looked at, and the ratio of column spreads that is remarked
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 _DONE = {
-    "resampled": "resampled to 16 kHz",
-    "mixed to mono": "averaged to mono",
-    "clipped": "clipped to [-1, 1]",
+    "resampled": "audio files resampled to 16 kHz",
+    "mixed to mono": "audio files averaged to mono",
+    "clipped": "audio files clipped to [-1, 1]",
+    "filled": "arrays of features held NaN or infinite values, which are 0 now",
 }
 
 
-def make(
-    manifest: Path,
-    out: Path,
-    *,
-    workers: int,
-    samples_per_shard: int,
-    on_bad_sample: str,
-    label_range: tuple[float, float],
-) -> None:
-    """Build `out` from a manifest; the bytes do not depend on the number of workers.
-
-    Samples are written in key order: neighbours in the order that training starts from are then neighbours on the disk.
+@dataclass(frozen=True)
+class Making:
+    """How shards are made.
 
     Args:
-        manifest: CSV or JSONL, see `manifest.read_manifest`.
-        out: new directory.
-        workers: processes that decode and encode samples.
+        workers: processes that decode and encode samples; the bytes do not depend on them.
         samples_per_shard: samples in a tar.
         on_bad_sample: "stop" names every bad sample and keeps nothing; "set_aside" leaves them out and lists them in
             dataset.json.
         label_range: smallest and largest label allowed.
+        fill_non_finite: write 0 where features are NaN or infinite, which makes a bad sample otherwise.
+    """
+
+    workers: int
+    samples_per_shard: int
+    on_bad_sample: str
+    label_range: tuple[float, float]
+    fill_non_finite: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in {"workers": self.workers, "samples per shard": self.samples_per_shard}.items():
+            if value < 1:
+                raise UserError(name, f"{value} is too few", "Use at least 1")
+        if self.on_bad_sample not in ("stop", "set_aside"):
+            raise UserError("on-bad-sample", f"{self.on_bad_sample!r} is unknown", "Use stop or set_aside")
+        check_label_range(self.label_range)
+
+
+def make(manifest: Path, out: Path, making: Making, *, encoder: FrameEncoder | None = None) -> None:
+    """Build `out` from a manifest.
+
+    Args:
+        manifest: CSV or JSONL, see `manifest.read_manifest`.
+        out: new directory.
+        making: how.
+        encoder: of the frames of films, for clips without vision.
 
     Raises:
-        UserError, UserErrors: bad settings, manifest, samples or disk; then `out` does not exist.
+        UserError, UserErrors: bad manifest, samples or disk; then `out` does not exist.
     """
-    for name, value in {"workers": workers, "samples per shard": samples_per_shard}.items():
-        if value < 1:
-            raise UserError(name, f"{value} is too few", "Use at least 1")
-    if on_bad_sample not in ("stop", "set_aside"):
-        raise UserError("on-bad-sample", f"{on_bad_sample!r} is unknown", "Use stop or set_aside")
-    table = read_manifest(manifest, label_range)
+    table = read_manifest(manifest, making.label_range)
+    write(with_frames(table, encoder), out, making, str(manifest))
+
+
+def write(table: Manifest, out: Path, making: Making, where: str) -> None:
+    """Prepare the rows of a table and write them as shards.
+
+    Samples are written in key order: neighbours in the order that training starts from are then neighbours on the disk.
+
+    Args:
+        table: rows with keys that differ.
+        out: new directory.
+        making: how.
+        where: the table's name, for messages.
+
+    Raises:
+        UserError, UserErrors: bad samples or disk; then `out` does not exist.
+    """
+    stop = making.on_bad_sample == "stop"
+    if table.problems and (stop or not table.rows):
+        raise UserErrors(capped([error for _, error in table.problems], where))
     dims = find_dims(table.rows)
-    done: Counter[str] = Counter()
+    done: dict[str, list[str]] = {name: [] for name in _DONE}
     failed: dict[str, UserError] = {}
     rows = sorted(table.rows, key=lambda row: row.key)
+    layout = {"label_range": making.label_range, "samples_per_shard": making.samples_per_shard}
     with (
-        write_dataset(out, dims=dims, label_range=label_range, samples_per_shard=samples_per_shard) as writer,
-        _progress() as progress,
-        closing(_prepare_all(rows, dims, workers)) as results,
+        write_dataset(out, dims=dims, **layout) as writer,  # type: ignore[arg-type]
+        progress_bar() as progress,
+        closing(_prepare_all(rows, dims, making)) as results,
     ):
         for row, result in zip(rows, progress.track(results, total=len(rows), description="samples"), strict=True):
             if isinstance(result, UserError):
                 failed[row.key] = result
-            elif not failed or on_bad_sample == "set_aside":
+            elif not failed or not stop:
                 writer.add(row.split, result.sample)
-                done.update(result.done)
-        by_key = {row.key: failed[row.key] for row in table.rows if row.key in failed}  # told in the manifest's order
-        bad = list(by_key.values())
-        writer.set_aside += [SetAside(key=key, reason=f"{one.where}: {one.problem}") for key, one in by_key.items()]
-        if bad and (on_bad_sample == "stop" or len(bad) == len(rows)):
-            raise UserErrors(capped(bad, str(manifest)))
-    _report(out, table, done, bad)
+                for name in result.done:
+                    done[name].append(row.key)
+        by_key = [(row.key, failed[row.key]) for row in table.rows if row.key in failed]  # told in the table's order
+        if by_key and (stop or len(by_key) == len(rows)):
+            raise UserErrors(capped([error for _, error in by_key], where))
+        bad = table.problems + by_key
+        writer.set_aside += [SetAside(key=key, reason=f"{one.where}: {one.problem}") for key, one in bad]
+        if table.record is not None:
+            aside = [{"key": key, "reason": str(error)} for key, error in bad]
+            record = {**table.record, "filled": done["filled"], "set_aside": aside}
+            writer.attach("import.json", json.dumps(record, indent=1))
+    _report(out, table, Counter({name: len(keys) for name, keys in done.items()}), [error for _, error in bad])
 
 
 def inspect(directory: Path, *, as_json: bool) -> None:
@@ -154,7 +193,7 @@ def verify(directory: Path) -> None:
     errors: list[UserError] = []
     triples: list[tuple[str, str, str]] = []
     indexes: dict[str, list[ShardIndex]] = {}
-    with _progress() as progress:
+    with progress_bar() as progress:
         task = progress.add_task("verify", total=sum(part.samples for part in info.splits.values()))
         for split, part in info.splits.items():
             for entry in part.shards:
@@ -186,10 +225,11 @@ def bars(counts: list[int]) -> str:
     return "".join(" ▁▂▃▄▅▆▇█"[-(-8 * count // top)] if top else " " for count in counts)
 
 
-def _prepare_all(rows: list[Row], dims: Dims, workers: int) -> Generator[Prepared | UserError]:
+def _prepare_all(rows: list[Row], dims: Dims, making: Making) -> Generator[Prepared | UserError]:
     """The prepared rows in order; at most a few per worker are held in memory."""
+    workers, fill = making.workers, making.fill_non_finite
     if workers == 1:
-        yield from (prepare(row, dims) for row in rows)
+        yield from (prepare(row, dims, fill) for row in rows)
         return
     # Spawned, not forked: the progress bar runs a thread.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
@@ -197,7 +237,7 @@ def _prepare_all(rows: list[Row], dims: Dims, workers: int) -> Generator[Prepare
     try:
         for row in rows:
             with interrupt_blocked():  # submitting starts workers
-                waiting.append(pool.submit(prepare, row, dims))
+                waiting.append(pool.submit(prepare, row, dims, fill))
             if len(waiting) == 8 * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -208,16 +248,13 @@ def _prepare_all(rows: list[Row], dims: Dims, workers: int) -> Generator[Prepare
         pool.shutdown(cancel_futures=True)
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
-
-
 def _report(out: Path, table: Manifest, done: Counter[str], bad: list[UserError]) -> None:
     Console().print(_split_table(load_info(out)))
     for name, text in _DONE.items():
         if done[name]:
-            print(f"{done[name]} audio files {text}")
+            print(f"{done[name]} {text}")
+    for remark in table.remarks:
+        print(plain(remark))
     remarks = {"long texts": table.notes, "samples set aside (all in dataset.json)": [str(error) for error in bad]}
     for title, lines in remarks.items():
         if lines:

@@ -68,7 +68,7 @@ class Corpus:
     def make(self, out="out", **options):
         self.write_manifest()
         options = OPTIONS | options
-        shards.make(self.folder / "m.csv", self.folder / out, **options)
+        shards.make(self.folder / "m.csv", self.folder / out, shards.Making(**options))
         return self.folder / out
 
     def errors(self, **options):
@@ -282,7 +282,7 @@ def _make_in_child(folder, pipe):
     os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
     options = OPTIONS | {"workers": 2}
     try:
-        shards.make(folder / "m.csv", folder / "out", **options)
+        shards.make(folder / "m.csv", folder / "out", shards.Making(**options))
     except UserError as error:
         pipe.send(str(error))
 
