@@ -61,6 +61,7 @@ def hollow_batch(recipe: Recipe, model: DoubleFlow, clips: Sequence[Clip], trace
     widths = recipe.widths
     sound = None if recipe.audio.input == "waveform" else widths.audio
     words = None if recipe.text.input == "transcript" else widths.text
+    dropped = draw_dropped(recipe.missing, torch.ones(len(clips), 3), range(len(clips)), recipe.seed, epoch=0)
     with tracer:
         audio, audio_mask = hollow(
             [max(clip.audio, model.audio.minimum_samples) for clip in clips], sound, torch.float32
@@ -83,7 +84,7 @@ def hollow_batch(recipe: Recipe, model: DoubleFlow, clips: Sequence[Clip], trace
             label=torch.zeros(len(clips)),
             real=torch.ones(len(clips), dtype=torch.bool),
             index=torch.arange(len(clips)),
-            dropped=draw_dropped(recipe.missing, torch.ones(len(clips), 3), range(len(clips)), recipe.seed, epoch=0),
+            dropped=dropped,
             set_aside=[],
             answer=answer,
             answer_mask=answer_mask,
