@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dist_train.run_record import FLOWS
 
-FLOW_NAMES = {"complete": "complete", "missing": "transcript missing"}
+FLOW_NAMES = {"complete": "complete flow", "missing": "missing flow"}
 WIDTH = 5.8  # inches
 SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")

@@ -183,7 +183,7 @@ def table(seen: Sequence[Seen]) -> Table:
     split = "test" if any("test" in one.summary for one in seen) or not any(one.summary for one in seen) else "valid"
     again = any(one.restarts for one in seen)
     made.add_column("point", overflow="fold", min_width=16)
-    scored = (f"{split} MAE", "text missing")
+    scored = (f"{split} MAE", "missing flow")
     for column in ("state", "step", "clips/s", "left", *(["restarts"] if again else []), *scored):
         made.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
     for one in seen:
