@@ -160,10 +160,7 @@ def test_what_cannot_be_right_in_a_packed_pass_is_refused(kind: str, changes: di
     ("kind", "changes"),
     [
         ("opt", {"ffn_dim": 24, "word_embed_proj_dim": 16}),  # learned positions
-        (
-            "llama",
-            {"intermediate_size": 24, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}},
-        ),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     ],
 )
 def test_rows_longer_than_the_positions_are_refused(
