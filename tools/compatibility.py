@@ -45,7 +45,7 @@ ZeRO-2 and ZeRO-3 with equal losses.
 - Whisper hears a clip as long as it is, without 30 s of padding; what is behind its end is hidden from attention. A
   clip of 30 s has the stock encoder's states. Shorter ones do not: the stock encoder also attends to the silence.
 - Layer drop and spec-augment are off, the mask embedding and Whisper's positions are frozen.
-- `dist-train convert` reads and writes WavLM only. Other encoders (wav2vec2-conformer, SEW, …) are refused.
+- `dist-train convert` knows WavLM's weights only. Other encoders (wav2vec2-conformer, SEW, …) are refused.
 
 `text.pretrained` and `text.config.model_type` (default `llama`): any causal language model of transformers that gives
 the same states in the packed pass as its own eager attention gives clip by clip. Before it is loaded a small model of
