@@ -24,7 +24,7 @@ REMEDY = "Use a causal language model of text alone with attention in every laye
 LENGTHS = (7, 1, 5, 6)  # of the clips that are tried; the last one leaves below the upper layers
 WINDOW = 3  # positions, in place of the model's window: shorter than most of them
 TOLERANCE = 1e-3  # of the largest value; fp32 is a hundred times better, what is wrong a hundred times worse
-ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers, as configurations name them
+ATTENTION = {"full_attention", "sliding_attention", "attention"}  # kinds of layers, as configurations name them
 NORM = re.compile("norm|ln_f")  # in the name of what follows the last layer
 SMALL = 64  # tokens, and the width of the MLP, of the model that is tried
 
@@ -127,15 +127,20 @@ def check_plain(config: PretrainedConfig, where: str) -> None:
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(where, f"is a {kind} model, not a causal language model", REMEDY)
-    other = set(getattr(config, "layer_types", None) or ()) - ATTENTION
+    other = set(kinds_of(config)) - ATTENTION
     if other:
         raise UserError(where, f"is a {kind} model with layers of {', '.join(sorted(other))}", REMEDY)
 
 
+def kinds_of(config: PretrainedConfig) -> list[str]:
+    """Kind of each layer, where the configuration tells."""
+    named = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    return list(named or [])
+
+
 def small_fields(config: PretrainedConfig) -> dict[str, Any]:
     """Fields of a model of the same kind with few layers and tokens, and short windows."""
-    fields = config.to_dict()
-    kinds: list[str] = list(fields.get("layer_types") or [])
+    fields, kinds = config.to_dict(), kinds_of(config)
     # All kinds of layers among the lowest ones, and two at least.
     layers = max([2, *(kinds.index(kind) + 1 for kind in set(kinds))])
     layers = min(layers, config.num_hidden_layers)
@@ -144,7 +149,7 @@ def small_fields(config: PretrainedConfig) -> dict[str, Any]:
     for name in ("intermediate_size", "moe_intermediate_size"):
         if fields.get(name) is not None:
             fields[name] = SMALL
-    if kinds:
+    if fields.get("layer_types"):
         fields["layer_types"] = kinds[:layers]
     for name in ("sliding_window", "attention_chunk_size"):
         if fields.get(name) is not None:

@@ -114,7 +114,7 @@ def config_problems(
             only.
     """
     kind = fields.get("model_type", default)
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         near = difflib.get_close_matches(str(kind), kinds, n=1, cutoff=0.5)
         known = sorted(kinds)
         listed = ", ".join(known) if len(known) < MOST_LISTED else f"a model type of transformers, e.g. {default}"

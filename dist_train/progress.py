@@ -45,7 +45,7 @@ class Display:
         complete, missing, floor = (scores[part]["mae"] for part in ("complete", "missing", "floor"))
         spoken = scores.get("transcription")
         self.console.print(
-            f"epoch {epoch}: validation MAE complete flow {complete:.3f}, missing flow {missing:.3f} (floor {floor:.3f})"
+            f"epoch {epoch}: validation MAE complete {complete:.3f}, missing flow {missing:.3f} (floor {floor:.3f})"
             + (f", transcript {spoken['nats_per_token']:.3f} nats/token" if spoken else "")
             + (", best so far" if better else "")
         )

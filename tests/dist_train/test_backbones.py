@@ -160,10 +160,7 @@ def test_what_cannot_be_right_in_a_packed_pass_is_refused(kind: str, changes: di
     ("kind", "changes"),
     [
         ("opt", {"ffn_dim": 24, "word_embed_proj_dim": 16}),  # learned positions
-        (
-            "llama",
-            {"intermediate_size": 24, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2}},
-        ),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
     ],
 )
 def test_rows_longer_than_the_positions_are_refused(
@@ -338,6 +335,7 @@ def test_what_an_encoder_cannot_do_is_refused(tmp_path: Path) -> None:
         ({"audio": {"config": {**whisper}, "max_seconds": 60}}, r"audio\.max_seconds: is 60, but this Whisper has"),
         ({"audio": {"config": {"model_type": "wav2vec2-conformer"}}}, r"audio\.config\.model_type: cannot be"),
         ({"audio": {"config": {**ENCODERS["hubert"], "hiden_size": 3}}}, r"did you mean|Did you mean"),
+        ({"text": {"config": {"model_type": [1]}}}, r"text\.config\.model_type: cannot be '\[1\]'"),
         ({"text": {"config": {"model_type": "qwen"}}}, r"text\.config\.model_type: cannot be 'qwen'"),
         ({"text": {"config": {"model_type": "gemma3"}}}, r"text\.config: is a model of several modalities"),
         (

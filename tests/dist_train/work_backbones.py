@@ -11,7 +11,7 @@ from tests.dist_train.backbones import ENCODERS, LANGUAGE_MODELS
 from tests.dist_train.work_rules import train_on_one_batch
 
 
-def recipe(text: str, audio: str, tuning: str, *, data: Path = Path("none"), **changes: Any) -> Recipe:
+def recipe(text: str, audio: str, tuning: str, /, *, data: Path = Path("none"), **changes: Any) -> Recipe:
     """A tiny recipe with these parts."""
     values = tiny.recipe(data).model_dump()
     values["audio"] |= {"config": ENCODERS[audio], "tuning": tuning, "max_seconds": 30}

@@ -97,7 +97,11 @@ def plan_causal(source: Source, context: Context) -> Outgoing:
         again: Any = AutoTokenizer.from_pretrained(place)
         text = "Say it again: 1, 2."
         if again(text).input_ids != tokenizer(text).input_ids:
-            raise UserError(str(place), "has a tokenizer that reads other tokens", "Report this.")
+            raise UserError(
+                str(place),
+                f"is opened with a {type(again).__name__}, which reads other tokens than the run's tokenizer",
+                f"transformers opens every {config.model_type} folder so: give the run that model's own tokenizer.",
+            )
         return reopened(AutoModelForCausalLM, place, model.tensors, config)
 
     return Outgoing(

@@ -27,7 +27,7 @@ from tools.convert.held import Held, Tensors
 from tools.convert.merge import PIECES, by_module
 from tools.convert.provenance import FILE as PROVENANCE
 from tools.convert.safetensors_shards import write_shards
-from tools.convert.source import CALLED, PREFIX, Context, Outgoing, Part, Source, others, select
+from tools.convert.source import CALLED, PREFIX, Context, Outgoing, Part, Source, check_encoder, others, select
 from tools.convert.whole import adapter_config
 
 CONFIG, STEM = "adapter_config.json", "adapter_model"
@@ -161,6 +161,7 @@ def plan(source: Source, context: Context, part: Part) -> Outgoing:
     Raises:
         UserError: the source has none.
     """
+    check_encoder(source, part)
     prefix = PREFIX[part]
     adapters = by_module(name for name in source.held.weights.shapes if name.startswith(prefix))
     if not adapters:

@@ -76,6 +76,18 @@ class Outgoing:
     base: Path | None = None
 
 
+def check_encoder(source: Source, part: Part) -> None:
+    """Refuses the audio part of a run that hears with another encoder than WavLM.
+
+    Raises:
+        UserError: it does.
+    """
+    heard = {name.split(".")[1] for name in source.held.weights.shapes if name.startswith("audio.")}
+    other = ", ".join(sorted(heard - {PREFIX["audio"].split(".")[1]}))
+    if part == "audio" and other:
+        raise UserError("SRC", f"hears with {other}; only WavLM can be converted", "Choose another format.")
+
+
 class Run:
     """A run directory: its recipe, tokenizer and best checkpoint.
 

@@ -15,7 +15,7 @@ from tools.convert.base import Base, find_base
 from tools.convert.fingerprint import check_base
 from tools.convert.held import Tensors
 from tools.convert.merge import Projections, by_module, draw_projections, merged
-from tools.convert.source import CALLED, KEY, PREFIX, Context, Part, Source, select
+from tools.convert.source import CALLED, KEY, PREFIX, Context, Part, Source, check_encoder, select
 
 
 class Whole(NamedTuple):
@@ -45,6 +45,7 @@ def whole_model(source: Source, context: Context, part: Part, dtype: torch.dtype
     Raises:
         UserError: the source has nothing of it, or its base does not fit.
     """
+    check_encoder(source, part)
     prefix = PREFIX[part]
     weights = source.held.weights
     named = {name.removeprefix(prefix): name for name in weights.shapes if name.startswith(prefix)}
