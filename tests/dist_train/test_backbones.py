@@ -236,7 +236,7 @@ def test_an_encoder_hears_each_clip_as_the_stock_one_does_alone(encoder: dict[st
     kind = encoder["model_type"]
     assert made.model.config.model_type == made.kind == kind
     with torch.no_grad():
-        stream, last, mask = made(*padded(chosen))
+        stream, last, mask, _ = made(*padded(chosen))
         for row, clip in enumerate(chosen):
             states, output = heard_by_stock(made.model.config, made.model.state_dict(), clip)
             assert int(mask[row].sum()) == output.shape[1] and mask[row, : output.shape[1]].all()
