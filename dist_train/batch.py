@@ -80,6 +80,12 @@ class DataSettings(BaseModel):
         "[{path: data/a, weight: 2}, {path: data/b}]. Validation and test take every clip of all of them once, "
         "unweighted.",
     )
+    features: dict[str, Any] | None = Field(
+        None,
+        description="What extracted features must have been made with, e.g. {simulation: {rollout: generate}}; any "
+        "entries of `features` in dataset.json. Filled in when a run starts, so that its checkpoints meet no other "
+        "features. Default: whatever they were made with.",
+    )
     shuffle: Literal["global", "windowed"] = Field(
         "global",
         description="Order of the training clips, a function of seed and epoch. `global`: any permutation; each clip "
@@ -159,6 +165,9 @@ class Batch(TypedDict):
     real: Tensor  # [B], False on fillers
     index: Tensor  # [B] position in the key-sorted split
     set_aside: list[str]  # why clips of this batch do not count
+    simulated: NotRequired[Tensor]  # [B, N, D] features of the imagined text (rollout `features`)
+    simulated_mask: NotRequired[Tensor]
+    simulated_present: NotRequired[Tensor]
     answer: NotRequired[Tensor]  # [B, N] token ids the language model has said to a clip (rollout.remember)
     answer_mask: NotRequired[Tensor]  # nothing where it has not been asked yet
 
@@ -167,8 +176,10 @@ class Collator:
     """Pads samples to a Batch and tokenises transcripts, in the data loading process.
 
     Args:
+        tokenizer: None where no transcript is read.
         minimum_audio: shortest audio in samples (or frames); shorter ones are padded with silence to it.
         widths: feature width of each modality, by name.
+        simulated: whether the imagined text comes as features.
 
     Raises:
         UserError: a clip longer than `audio.max_seconds` or `text.max_tokens`, unless bad samples are set aside.
@@ -176,24 +187,26 @@ class Collator:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         data: DataSettings,
         audio: AudioSettings,
         text: TextSettings,
         *,
         minimum_audio: int,
         widths: dict[str, int],
+        simulated: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.data, self.audio, self.text = data, audio, text
         self.minimum_audio = minimum_audio
-        self.widths = widths
+        self.widths, self.simulated = widths, simulated
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
         """samples (contract of sharding.stream) → Batch of CPU tensors."""
         real = [bool(sample["real"]) for sample in samples]
         audio: list[np.ndarray | None] = []
         text: list[np.ndarray | None] = []
+        simulated: list[np.ndarray | None] = []
         for row, sample in enumerate(samples):
             tokens, problem = self.tokens(sample), None
             if sample["audio"] is not None and self.audio.input == "waveform":
@@ -220,12 +233,14 @@ class Collator:
                 real[row] = False
             audio.append(None if problem else sample["audio"])
             text.append(None if problem else tokens)
+            simulated.append(sample["simulated"] if self.simulated and not problem else None)
         audio_width = None if self.audio.input == "waveform" else self.widths["audio"]
         text_width = None if self.text.input == "transcript" else self.widths["text"]
         a, am, ap = pad(audio, audio_width, self.minimum_audio)
-        t, tm, tp = pad(text, text_width, 1, fill=self.tokenizer.bos_token_id if text_width is None else 0)
+        bos = 0 if self.tokenizer is None else self.tokenizer.bos_token_id
+        t, tm, tp = pad(text, text_width, 1, fill=bos if text_width is None else 0)
         v, vm, vp = pad([sample["vision"] for sample in samples], self.widths["vision"], 1)
-        return Batch(
+        batch = Batch(
             audio=a, audio_mask=am, audio_present=ap,
             text=t.long() if text_width is None else t, text_mask=tm, text_present=tp,
             vision=v, vision_mask=vm, vision_present=vp,
@@ -234,6 +249,10 @@ class Collator:
             index=torch.tensor([sample["index"] for sample in samples]),
             set_aside=[f"{sample['key']}: {sample['set_aside']}" for sample in samples if sample.get("set_aside")],
         )  # fmt: skip
+        if self.simulated:
+            s, sm, sp = pad(simulated, self.widths["simulated"], 1)
+            batch |= {"simulated": s, "simulated_mask": sm, "simulated_present": sp}
+        return batch
 
     def tokens(self, sample: dict[str, Any]) -> np.ndarray | None:
         """Token ids [L] of the transcript, BOS kept, or the text features [L, D], or None."""
@@ -241,6 +260,7 @@ class Collator:
             return sample["text_features"]
         if sample["text"] is None:
             return None
+        assert self.tokenizer is not None
         ids = self.tokenizer(sample["text"], add_special_tokens=False, verbose=False).input_ids
         return np.asarray([self.tokenizer.bos_token_id, *ids])
 

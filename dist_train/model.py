@@ -44,6 +44,13 @@ class Texts(NamedTuple):
     answers: Tokens | None
 
 
+class Streams(NamedTuple):
+    """What is heard and read of B clips before the fusion network: all of it may come from features instead."""
+
+    audio: TextStates
+    texts: Texts
+
+
 class DoubleFlow(nn.Module):
     """Complete flow (audio, real text, vision) and missing flow (audio, imagined text, vision) over the same clips.
 
@@ -53,12 +60,12 @@ class DoubleFlow(nn.Module):
 
     Args:
         recipe: resolved recipe (feature widths filled in).
-        tokenizer: of the language model.
+        tokenizer: of the language model; None where there is none.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__()
-        simulates = recipe.simulation.rollout != "none"
+        simulates = recipe.simulation.imagines
         minimum = recipe.simulation.stack_frames if simulates else 1  # frames: one position of imagined text
         self.decodes = recipe.simulation.decodes
         self.transcribes = recipe.loss.asr > 0
@@ -70,15 +77,21 @@ class DoubleFlow(nn.Module):
             )
         else:
             self.audio = AudioFeatures(recipe.widths.audio, minimum_frames=minimum)
-        self.llm = LanguageModel(recipe.text, recipe.simulation, tokenizer, recipe.dtype, transcribes=self.transcribes)
-        self.text_features = (
-            TextFeatures(recipe.widths.text, self.llm.width) if recipe.text.input == "features" else None
-        )
-        self.projector = Projector(self.audio.width, self.llm.width, recipe.simulation) if simulates else None
+        self.llm: LanguageModel = None  # type: ignore[assignment]  # of features alone there is none
+        self.text_width = recipe.widths.text
+        if recipe.reads_language_model:
+            assert tokenizer is not None
+            self.llm = LanguageModel(
+                recipe.text, recipe.simulation, tokenizer, recipe.dtype, transcribes=self.transcribes
+            )
+            self.text_width = self.llm.width
+        linear = recipe.text.input == "features" and self.llm is not None
+        self.text_features = TextFeatures(recipe.widths.text, self.text_width) if linear else None
+        self.projector = Projector(self.audio.width, self.text_width, recipe.simulation) if simulates else None
         if self.projector is not None and recipe.simulation.projector is not None:
             load_projector(self.projector, recipe.simulation.projector)
         self.fusion = FusionNetwork(
-            FusionWidths(audio=self.audio.width, text=self.llm.width, vision=recipe.widths.vision),
+            FusionWidths(audio=self.audio.width, text=self.text_width, vision=recipe.widths.vision),
             recipe.fusion,
             recipe.imagination,
         )
@@ -87,23 +100,31 @@ class DoubleFlow(nn.Module):
     def forward(self, batch: Batch) -> Flows:
         """Batch of B clips → both flows."""
         dtype = next(self.fusion.parameters()).dtype
-        heard = self.audio(batch["audio"], batch["audio_mask"])
-        texts = self.texts(batch, heard.last.to(dtype), heard.mask)
+        heard, texts = self.streams(batch)
         if self.training and not self.compares:
             nothing = FlowOutput(*(torch.zeros_like(batch["label"]) for _ in FlowOutput._fields))
             return Flows(nothing, nothing, *texts[2:])
-        audio = present_or_zero(heard.stream.to(dtype), heard.mask, batch["audio_present"])
+        audio = present_or_zero(*heard, batch["audio_present"])
         real = present_or_zero(*texts.real, batch["text_present"])
-        simulated = present_or_zero(*texts.simulated, batch["audio_present"])
+        simulated = present_or_zero(*texts.simulated, batch.get("simulated_present", batch["audio_present"]))
         vision = present_or_zero(batch["vision"].to(dtype), batch["vision_mask"], batch["vision_present"])
         complete, missing = self.fusion(*audio, *real, *simulated, *vision)
         return Flows(complete, missing, *texts[2:])
+
+    def streams(self, batch: Batch) -> Streams:
+        """Batch of B clips → what fusion reads of audio and text; `dist-train extract` keeps it."""
+        dtype = next(self.fusion.parameters()).dtype
+        heard = self.audio(batch["audio"], batch["audio_mask"])
+        texts = self.texts(batch, heard.last.to(dtype), heard.mask)
+        return Streams(TextStates(heard.stream.to(dtype), heard.mask), texts)
 
     def texts(self, batch: Batch, frames: Tensor, mask: Tensor) -> Texts:
         """Real and simulated text of each clip, out of one pass of the language model.
 
         The complete flow and ASR read the transcript in segments of their own: the missing flow cannot see it.
         """
+        if self.llm is None:
+            return stored_texts(batch, frames, self.text_width)
         flows = self.compares or not self.training
         text = Tokens(batch["text"], batch["text_mask"])
         audio = None if self.projector is None else self.projector(frames, mask)
@@ -135,6 +156,15 @@ class DoubleFlow(nn.Module):
         tokens = torch.tensor(sum(len(part.states[0]) for part in read.values()), device=mask.device)
         passages = sum(positions) - tokens  # the states before the first layer come from none
         return Texts(real, simulated, tokens, passages, asr, answers)
+
+
+def stored_texts(batch: Batch, like: Tensor, width: int) -> Texts:
+    """The texts that lie in the shards, in the type of `like` [B, …]; no imagined text where there is none."""
+    none = like.new_zeros((), dtype=torch.long)
+    simulated = TextStates(like.new_zeros(len(like), 1, width), like.new_ones(len(like), 1, dtype=torch.bool))
+    if "simulated" in batch:
+        simulated = TextStates(batch["simulated"].to(like.dtype), batch["simulated_mask"])
+    return Texts(TextStates(batch["text"].to(like.dtype), batch["text_mask"]), simulated, none, none, None, None)
 
 
 def present_or_zero(states: Tensor, mask: Tensor, present: Tensor) -> TextStates:

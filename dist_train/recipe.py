@@ -85,6 +85,7 @@ class Widths(BaseModel):
 
     audio: int = Field(1, ge=1, description="Width of KEY.audio.npy.")
     text: int = Field(1, ge=1, description="Width of KEY.text.npy.")
+    simulated: int = Field(1, ge=1, description="Width of KEY.simulated.npy.")
     vision: int = Field(1, ge=1, description="Width of KEY.vision.npy.")
 
 
@@ -116,6 +117,11 @@ class Recipe(BaseModel):
         """Of the weights and the arithmetic."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
+    @property
+    def reads_language_model(self) -> bool:
+        """Whether a language model reads transcripts or imagines text; else all text comes as features, or none."""
+        return self.text.input == "transcript" or self.simulation.imagines
+
     def conflicts(self) -> Iterable[UserError]:
         """Fields that are right by themselves and wrong together."""
         yield from self.data.conflicts()
@@ -125,12 +131,7 @@ class Recipe(BaseModel):
                 "needs exactly one of pretrained and config",
                 "Write audio.pretrained: microsoft/wavlm-large (or a folder), or audio.config: {…}.",
             )
-        if (self.text.pretrained is None) == (self.text.config is None):
-            yield UserError(
-                "text",
-                "needs exactly one of pretrained and config",
-                "Write text.pretrained: lmsys/vicuna-7b-v1.5 (or a folder), or text.config: {…}.",
-            )
+        yield from self.text_conflicts()
         if self.audio.config is not None:
             second = {"input_values": torch.zeros(1, SAMPLE_RATE)}
             problems = list(config_problems(WavLMModel, self.audio.config, "audio.config", second))
@@ -141,24 +142,42 @@ class Recipe(BaseModel):
                     "is filterbank, but audio.config has other convolutions than two of [4·n, 2·n] channels",
                     "Write audio.config.conv_dim: [128, 64] for 32 bands, or audio.start: random.",
                 )
+        yield from self.loss_conflicts()
+        yield from incompatible(self.cases())
+
+    def text_conflicts(self) -> Iterable[UserError]:
+        """The language model against what reads it."""
+        given = [name for name in ("pretrained", "config") if getattr(self.text, name) is not None]
+        if self.reads_language_model and len(given) != 1:
+            yield UserError(
+                "text",
+                "needs exactly one of pretrained and config",
+                "Write text.pretrained: lmsys/vicuna-7b-v1.5 (or a folder), or text.config: {…}.",
+            )
+        if not self.reads_language_model:
+            for name in given:
+                yield UserError(
+                    f"text.{name}",
+                    f"describes a language model that nothing reads (text.input: {self.text.input}, "
+                    f"simulation.rollout: {self.simulation.rollout})",
+                    "Leave it out.",
+                )
+            return
+        if self.simulation.rollout == "features":
+            yield UserError(
+                "simulation.rollout",
+                "is features, but text.input is transcript: real and imagined text must be states of one model",
+                "Write text.input: features, or simulation.rollout: generate.",
+            )
         if self.text.config is not None:
             words = {"input_ids": torch.zeros(1, 2, dtype=torch.long)}
             yield from config_problems(LlamaForCausalLM, self.text.config, "text.config", words)
-        unused = self.text.input == "features" and self.simulation.rollout == "none"
-        if self.text.config is not None and self.text.tuning == "frozen" and not unused:
-            yield UserError(
-                "text.tuning",
-                "freezes a language model with random weights, which can tell nothing of a transcript",
-                "Write text.tuning: full.",
-            )
-        if self.text.tuning != "frozen" and unused:
-            yield UserError(
-                "text.tuning",
-                "trains a language model that nothing uses (text.input: features, simulation.rollout: none)",
-                "Write text.tuning: frozen.",
-            )
-        yield from self.loss_conflicts()
-        yield from incompatible(self.cases())
+            if self.text.tuning == "frozen":
+                yield UserError(
+                    "text.tuning",
+                    "freezes a language model with random weights, which can tell nothing of a transcript",
+                    "Write text.tuning: full.",
+                )
 
     def loss_conflicts(self) -> Iterable[UserError]:
         """Losses against what there is to train and to judge by."""
@@ -177,18 +196,21 @@ class Recipe(BaseModel):
             )
         if self.loss.asr > 0 and self.text.input == "features":
             yield UserError("loss.asr", "needs transcripts, and text.input is features", "Write loss.asr: 0.")
-        if self.simulation.projector is not None and self.simulation.rollout == "none":
-            yield UserError("simulation.projector", "is of no use where simulation.rollout is none", "Leave it out.")
-        if self.loss.asr > 0 and self.simulation.rollout == "none":
+        rollout = self.simulation.rollout
+        if self.simulation.projector is not None and not self.simulation.imagines:
+            yield UserError(
+                "simulation.projector", f"is of no use where simulation.rollout is {rollout}", "Leave it out."
+            )
+        if self.loss.asr > 0 and not self.simulation.imagines:
             yield UserError(
                 "loss.asr",
-                "has the language model hear the clip, and simulation.rollout is none",
+                f"has the language model hear the clip, and simulation.rollout is {rollout}",
                 "Write simulation.rollout: prefix, or loss.asr: 0.",
             )
 
     def cases(self) -> dict[str, Case]:
         """Each pretrained part and the settings around it, as the compatibility rules see them."""
-        parts: dict[str, TuningSettings] = {"text": self.text}
+        parts: dict[str, TuningSettings] = {"text": self.text} if self.reads_language_model else {}
         if self.audio.input == "waveform":
             parts["audio"] = self.audio
         kept = ("tuning", "quantisation", "activation_checkpointing")

@@ -19,8 +19,8 @@ from sharding.files import read_bounded
 from sharding.shards import LARGEST_LABEL, LONGEST_KEY, Split
 
 REQUIRED = ("key", "label", "split")
-FILES = ("audio", "text_features", "vision")
-MODALITIES = ("audio", "text", "text_features", "vision")
+FILES = ("audio", "text_features", "simulated", "vision")
+MODALITIES = ("audio", "text", "text_features", "simulated", "vision")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy")
 LONG_TEXT = 8000  # characters, about the 2048-token context of Llama
 LONGEST_TEXT = 1_000_000  # characters, about what is said in 20 hours: another file, or a quote that never ends
@@ -38,6 +38,7 @@ class Row:
     audio: Path | None
     text: str | None
     text_features: Path | None
+    simulated: Path | None
     vision: Path | None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -54,8 +55,8 @@ def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0)) ->
     """Read and check a manifest.
 
     Columns: key, label, split (train, valid, test), and at least one of audio (wav, flac, ogg, mp3, or .npy features
-    [T, D]), text (transcript), text_features (.npy), vision (.npy). Paths are relative to the manifest. Other columns
-    are kept. Any modality may be empty, not all of them.
+    [T, D]), text (transcript), text_features (.npy), simulated (.npy: features of imagined text), vision (.npy). Paths
+    are relative to the manifest. Other columns are kept. Any modality may be empty, not all of them.
 
     Args:
         path: CSV with a header, or one JSON object per line (.jsonl, .ndjson); UTF-8.

@@ -38,13 +38,13 @@ def find_dims(rows: list[Row]) -> Dims:
     Reads the headers of at most VOTERS files of each kind, spread over the manifest. Unreadable files are passed over
     here and reported by `prepare`.
     """
-    most = {}
+    most: dict[str, int | str | None] = {}
     for name in FILES:
         paths: list[Path] = [path for row in rows if (path := getattr(row, name)) is not None]
         widths = Counter(map(_width, paths[:: -(-len(paths) // VOTERS) or 1]))
         widths.pop(None, None)
         most[name] = widths.most_common(1)[0][0] if widths else None
-    return Dims.model_validate({"audio": most["audio"], "text": most["text_features"], "vision": most["vision"]})
+    return Dims.model_validate({**most, "text": most.pop("text_features")})
 
 
 def _width(path: Path) -> int | str | None:
@@ -79,6 +79,7 @@ def prepare(row: Row, dims: Dims) -> Prepared | UserError:
         else:
             audio = read_waveform(row.audio, done)
         text_features = None if row.text_features is None else read_features(row.text_features, dims.text)
+        simulated = None if row.simulated is None else read_features(row.simulated, dims.simulated)
         vision = None if row.vision is None else read_features(row.vision, dims.vision)
         packed = pack_sample(
             row.key,
@@ -87,6 +88,7 @@ def prepare(row: Row, dims: Dims) -> Prepared | UserError:
             audio=audio,
             text=row.text,
             text_features=text_features,
+            simulated=simulated,
             vision=vision,
             extra=row.extra,
         )

@@ -36,11 +36,10 @@ from sharding.shards import (
     read_sample,
 )
 from sharding.signals import interrupt_blocked
-from sharding.table import columns_path, read_columns, table_of
+from sharding.table import LENGTHS, columns_path, read_columns, table_of
 from tools.manifest import Manifest, Row, capped, read_manifest
 from tools.samples import Prepared, find_dims, prepare
 
-LENGTHS = ("audio_seconds", "audio_frames", "text_characters", "text_frames", "vision_frames")
 SCALE_CLIPS, UNEQUAL = 64, 100  # clips looked at, and the ratio of column spreads that is remarked
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 _DONE = {
@@ -272,7 +271,7 @@ def _scale_notes(dataset: Dataset) -> list[str]:
     """Features whose columns differ more than hundredfold in spread: nothing later brings them to one scale."""
     notes, indexes, dims = [], next(iter(dataset.indexes.values())), dataset.info.dims
     rows = [sample for _, sample in _read_tar(dataset.root, indexes[0], dims, SCALE_CLIPS)]
-    for name in ("audio", "text_features", "vision"):
+    for name in ("audio", "text_features", "simulated", "vision"):
         found = [row[name] for row in rows if not isinstance(row, UserError) and row[name] is not None]
         if not found or found[0].ndim == 1:
             continue
