@@ -1,8 +1,8 @@
 """`dist-train extract`: what frozen models say of every clip, once, into shards (the paper's offline regime).
 
-The clips of a split go by key into tars of CLIPS, so the tars are a function of the data alone. Each rank makes whole
-tars; the batches inside one are a function of its clips, so a tar holds the same bytes whoever makes it. Until all are
-there they lie in a hidden directory beside OUT; the same command goes on with what is missing.
+The clips of a split go by key into tars of equal numbers, so the tars are a function of the data alone. Each rank
+makes whole tars; the batches inside one are a function of its clips, so a tar holds the same bytes whoever makes it.
+Until all are there they lie in a hidden directory beside OUT; the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ from sharding.stream import Rows, Sample, ShardedSplit, load
 from tools.extract_directory import Extraction, Piece
 from tools.extract_recipe import extractable
 
-CLIPS = 256  # of a tar: some hundred MB of the paper's features
 DTYPES: dict[str, type[np.floating[Any]]] = {"float16": np.float16, "float32": np.float32}
 DAY = 24 * 60  # minutes: a rank may have to wait for the last tar of a slower one
 GLANCE = 5.0  # seconds between looks at what other ranks have made
@@ -64,6 +63,7 @@ def extract(
     ranks: int,
     checkpoint: Path | None,
     dtype: str,
+    samples_per_shard: int,
 ) -> None:
     """Extracts, in the world that this process is in, or in one of `ranks` local processes that run `command`.
 
@@ -74,7 +74,7 @@ def extract(
     if dtype not in DTYPES:
         raise UserError("--dtype", f"is {dtype!r}", f"Write {' or '.join(DTYPES)}.")
     world = worlds.read_world(os.environ)
-    place = Extraction(out)
+    place = Extraction(out, samples_per_shard)
     if world is None:
         try:
             raise SystemExit(run_local(command, ranks, place.logs))
@@ -151,10 +151,11 @@ class Extractor:
                 print(f"{self.place.out} holds these features already.")
             return True
         together(self.place.check_shared)
+        size = self.place.samples_per_shard
         pieces = [
-            Piece(name, number, range(first, min(first + CLIPS, len(split))))
+            Piece(name, number, range(first, min(first + size, len(split))))
             for name, split in self.splits.items()
-            for number, first in enumerate(range(0, len(split), CLIPS))
+            for number, first in enumerate(range(0, len(split), size))
         ]
         ready = together(lambda: {piece for piece in pieces if self.place.has(piece)})
         dist.barrier()  # nobody begins before all have looked: else they would deal other pieces

@@ -25,6 +25,7 @@ from sharding.shard_writer import (
 from sharding.shards import DatasetInfo, Dims, SetAside, ShardIndex, Split, load_info
 
 IDENTITY = "features.json"
+LAYOUT = "samples_per_shard"  # beside the identity: what is made must fit together
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,11 @@ class Extraction:
 
     Args:
         out: where the dataset goes.
+        samples_per_shard: clips of a tar.
     """
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
+    def __init__(self, out: Path, samples_per_shard: int) -> None:
+        self.out, self.samples_per_shard = out, samples_per_shard
         self.partial = out.parent / f".{out.name}.extracting"
         self.logs = self.partial / "logs"
 
@@ -73,6 +75,7 @@ class Extraction:
             remedy = "Name a new directory, or remove this one first."
         elif (self.partial / IDENTITY).is_file():
             found, place = self.known, self.partial
+            asked = {**asked, LAYOUT: self.samples_per_shard}
             remedy = f"Finish it with its own settings, or remove {self.partial}."
         else:
             return refuse_existing(self.out)
@@ -99,7 +102,8 @@ class Extraction:
                     return True
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            write_synced(self.partial / IDENTITY, json.dumps(identity, indent=1))
+            record = {**identity, LAYOUT: self.samples_per_shard}
+            write_synced(self.partial / IDENTITY, json.dumps(record, indent=1))
         except OSError as error:
             raise write_error(self.out, error) from error
         return False
@@ -200,8 +204,9 @@ class Extraction:
     def seal(self) -> None:
         """Takes away what only the making needed, and gives the directory its name."""
         shutil.rmtree(self.logs, ignore_errors=True)
-        for name in (*self.partial.glob("*.done.json"), self.partial / IDENTITY):
-            name.unlink()
+        # Names with a dot in front: of a tar in whose middle somebody was killed.
+        for path in (*self.partial.glob("*.done.json"), *self.partial.glob(".*"), self.partial / IDENTITY):
+            path.unlink()
         self.partial.rename(self.out)
 
     def discard_unstarted(self) -> None:
