@@ -160,7 +160,7 @@ class DoubleFlow(nn.Module):
 
 def stored_texts(batch: Batch, like: Tensor, width: int) -> Texts:
     """The texts that lie in the shards, in the type of `like` [B, …]; no imagined text where there is none."""
-    none = like.new_zeros((), dtype=torch.long)
+    none = torch.tensor(0, device=batch["text_mask"].device)
     simulated = TextStates(like.new_zeros(len(like), 1, width), like.new_ones(len(like), 1, dtype=torch.bool))
     if "simulated" in batch:
         simulated = TextStates(batch["simulated"].to(like.dtype), batch["simulated_mask"])

@@ -114,6 +114,13 @@ def mosei(recipe: Recipe) -> Columns:
     )
 
 
+def characters_per_token(recipe: Recipe) -> float:
+    """Of a transcript, by the size of the vocabulary."""
+    given = recipe.text.pretrained is not None or recipe.text.tokenizer is not None
+    small = not given and recipe.text.vocabulary <= SMALL_VOCABULARY
+    return CHARACTERS_PER_SMALL_TOKEN if small else CHARACTERS_PER_TOKEN
+
+
 def clip_of(recipe: Recipe, columns: Columns | Table, index: int) -> Clip:
     """Lengths of one clip as the model sees them; nothing is left of one that will be set aside."""
     too_long = recipe.audio.input == "waveform" and (columns.audio_seconds[index] or 0) > recipe.audio.max_seconds
@@ -123,10 +130,7 @@ def clip_of(recipe: Recipe, columns: Columns | Table, index: int) -> Clip:
         audio = round((columns.audio_seconds[index] or 0) * SAMPLE_RATE)
     else:
         audio = int(columns.audio_frames[index] or 0)
-    per_token = CHARACTERS_PER_TOKEN
-    if recipe.text.pretrained is None and recipe.text.tokenizer is None and recipe.text.vocabulary <= SMALL_VOCABULARY:
-        per_token = CHARACTERS_PER_SMALL_TOKEN
-    said = round((columns.text_characters[index] or 0) / per_token)
+    said = round((columns.text_characters[index] or 0) / characters_per_token(recipe))
     if recipe.text.input == "features":
         text = int(columns.text_frames[index] or 0)
     else:

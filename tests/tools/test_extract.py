@@ -110,7 +110,8 @@ def test_joint_and_offline_give_the_same_predictions(world: World, generated: Pa
     print(found)
     for name, case in found.items():
         assert case["spread"] > 0.005
-        assert case["largest"] < (2e-3 if name == "half" else 1e-5), found
+        size = max(case["spread"], 1.0)  # of predictions like the labels
+        assert case["largest"] < (0.01 * case["spread"] if name == "half" else 1e-5 * size), found
     assert found["half"]["largest"] > 1e-7  # it was rounded
     assert load_info(learnt).features["checkpoint"] is not None  # type: ignore[index]
     assert load_info(learnt).features["weights"] != load_info(cases["prefix"][1]).features["weights"]  # type: ignore[index]
@@ -154,10 +155,10 @@ def test_what_is_there_is_not_made_again_and_nothing_stale_is_read(
     joint = world.folder / "joint.yaml"
     again = run("extract", joint, generated, *SMALL, "--dtype", "float32")
     assert again.returncode == 0 and "already" in again.stdout
-    other = run("extract", joint, generated, *SMALL, "text.layers=1", "simulation.prompt=Speak:")
+    other = run("extract", joint, generated, *SMALL, "text.layers=1", "simulation.prompt=Speak up")
     told = "\n".join(errors(other.stderr))
     assert other.returncode == 2 and len(errors(other.stderr)) == 3
-    assert 'features.simulation.prompt: is "Speak:", but' in told and "features.text.layers: is 1, but" in told
+    assert 'features.simulation.prompt: is "Speak up", but' in told and "features.text.layers: is 1, but" in told
 
     data = shutil.copytree(generated, tmp_path / "data")
     made = offline(data, world.recipe(), data={"features": {"simulation": {"rollout": "generate"}}})
