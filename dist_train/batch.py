@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from dist_train.audio import SAMPLE_RATE, AudioSettings
 from dist_train.llm import TextSettings
 from sharding.errors import UserError
+from sharding.shards import Features
 from sharding.shuffle import Window
 
 
@@ -80,7 +81,7 @@ class DataSettings(BaseModel):
         "[{path: data/a, weight: 2}, {path: data/b}]. Validation and test take every clip of all of them once, "
         "unweighted.",
     )
-    features: dict[str, Any] | None = Field(
+    features: Features | None = Field(
         None,
         description="What extracted features must have been made with, e.g. {simulation: {rollout: generate}}; any "
         "entries of `features` in dataset.json. Filled in when a run starts, so that its checkpoints meet no other "

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from sharding.errors import UserError, UserErrors
-from sharding.shards import SOURCE, SPLITS, Dims, load_info
+from sharding.shards import SOURCE, SPLITS, Dims, Features, load_info
 from sharding.shuffle import Source, shares
 from sharding.stream import ShardedSplit
 from sharding.table import LENGTHS, PLACES, Keys, Lengths, Table, open_table
@@ -49,7 +49,7 @@ class MixInfo:
     dims: Dims
     label_range: tuple[float, float]
     content_hash: str
-    features: dict[str, Any] | None = None
+    features: Features | None = None
 
 
 class MixedSplit(ShardedSplit):

@@ -54,6 +54,8 @@ Label = Annotated[float, Field(ge=-LARGEST_LABEL, le=LARGEST_LABEL)]
 Seconds = Annotated[float, Field(ge=0, le=LONGEST_SECONDS)]
 Length = Annotated[int, Field(ge=0, lt=2**31)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
+Scalar = str | int | float | bool | None
+Features = dict[str, Scalar | dict[str, Scalar]]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -140,7 +142,7 @@ class DatasetInfo(BaseModel):
     label_range: tuple[Label, Label]
     set_aside: list[SetAside]
     content_hash: Sha256
-    features: dict[str, Any] | None = None
+    features: Features | None = None
     """Of extracted features: what decides them, by section. Whoever trains on them may ask for it."""
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from sharding.errors import UserError, UserErrors
 from sharding.order import EpochPlan
 from sharding.readahead import Readahead
-from sharding.shards import Dims, read_record, read_sample
+from sharding.shards import Dims, Features, read_record, read_sample
 from sharding.shuffle import Source
 from sharding.table import Table, open_table
 
@@ -36,7 +36,7 @@ class Contents(Protocol):
     @property
     def content_hash(self) -> str: ...
     @property
-    def features(self) -> dict[str, Any] | None: ...
+    def features(self) -> Features | None: ...
 
 
 class ShardedSplit(Dataset[Sample]):

@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from dist_train.keys import flat
 from sharding.errors import UserError, UserErrors, plain
 from sharding.shard_writer import lengths, write_dataset
 from sharding.shards import (
@@ -130,6 +131,8 @@ def inspect(directory: Path, *, as_json: bool) -> None:
         numbers = [f"{found[name]:.3f}" for name in ("min", "median", "mean", "max")]
         labels.add_row(split, *numbers, bars(found["counts"]))
     console.print(lengths, labels)
+    if info.features is not None:
+        print(f"features made with {', '.join(f'{key} {_short(value)}' for key, value in flat(info.features).items())}")
     examples = Table("split", "key", "label", "audio", "text", "vision", title="First samples")
     for sample in summary["samples"]:
         examples.add_row(*(_short(value) for value in sample.values()))

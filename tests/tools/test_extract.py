@@ -14,9 +14,14 @@ import torch
 from safetensors.torch import save_file
 
 from dist_train.features import settings_of
+from dist_train.keys import flat
+from dist_train.plan import Planner, predict_epoch
+from dist_train.plan_corpus import corpus_of, load_of
+from dist_train.plan_features import caching, feature_lengths
 from dist_train.projector import Projector
 from dist_train.recipe import Recipe, write_recipe
 from dist_train.rollout import SimulationSettings
+from sharding.hardware import PROFILES
 from sharding.shard_writer import pack_sample, write_dataset
 from sharding.shards import Dims, load_dataset, load_info
 from sharding.stream import ShardedSplit
@@ -216,7 +221,7 @@ def test_clips_set_aside_are_left_out_and_named(world: World, tmp_path: Path) ->
     assert {aside.key for aside in info.set_aside} == long and 0 < len(long) < 34
     assert sum(part.samples for part in info.splits.values()) == 34 - len(long)
     assert "more than audio.max_seconds" in info.set_aside[0].reason
-    assert info.features is not None and info.features["audio"]["max_seconds"] == 0.4
+    assert flat(dict(info.features or {}))["audio.max_seconds"] == 0.4
 
 
 def test_what_training_changes_is_not_extracted(world: World, tmp_path: Path) -> None:
@@ -274,3 +279,25 @@ def test_half_precision_comes_back_as_float32_and_an_overflow_is_told(tmp_path: 
         assert sample[name].dtype == np.float32
         assert np.array_equal(sample[name], values.astype(np.float16).astype(np.float32))
     assert np.array_equal(sample["vision"], values)
+
+
+def test_the_plan_tells_what_features_take_and_when_they_pay(world: World, generated: Path) -> None:
+    def told(recipe: Recipe) -> list[str]:
+        recipe, corpus = corpus_of(recipe)
+        planner = Planner(recipe, None, PROFILES["cpu"], 1, 2)
+        load = load_of(recipe, corpus, 2)
+        return caching(planner, corpus, predict_epoch(planner, load), load.steps)
+
+    (note,) = told(world.recipe())
+    assert "dist-train extract" in note and "it pays from" in note and "The projector then learns no more" in note
+    (note,) = told(world.recipe(text={"tuning": "lora"}))
+    assert "text.tuning is lora" in note and "Frozen is WavLM" in note
+    trained = world.recipe(text={"tuning": "lora"}, audio={"tuning": "lora"})
+    assert told(trained) == told(offline(generated, trained)) == []
+    foretold = feature_lengths(*corpus_of(world.recipe()))
+    made = ShardedSplit(generated, "train").columns
+    for name in ("audio_frames", "text_frames", "simulated_frames"):
+        pairs = list(zip(getattr(foretold, name), getattr(made, name), strict=True))
+        assert all((a > 0) == (b is not None) for a, b in pairs), name
+        if name == "audio_frames":
+            assert all(b is None or abs(a - b) <= 1 for a, b in pairs)
