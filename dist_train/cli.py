@@ -264,6 +264,108 @@ def extract(
     )
 
 
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories, or a folder of them.")],
+    scaling: Annotated[bool, typer.Option("--scaling", help="Compare runs of several world sizes.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Of --scaling: directory. Default: the runs' folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Of --scaling: print JSON.")] = False,
+) -> None:
+    """Write report.html, one self-contained page, and the figures of each run; or of how a training scales."""
+    if not scaling:
+        from dist_train.report import write_report
+
+        if output is not None or as_json:
+            raise UserError("report", "--output and --json belong to --scaling", "Leave them out, or add --scaling.")
+        for directory in directories:
+            print(write_report(directory))
+        return
+    from rich.console import Console
+
+    from dist_train.scaling_page import scaling_table, write_scaling
+
+    found, page = write_scaling(directories, output)
+    if as_json:
+        print(found.model_dump_json(indent=1))
+    else:
+        Console().print(scaling_table(found))
+        print(page)
+
+
+@app.command()
+def status(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories; several: a line each.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, a list with an object for each run.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Refresh until the runs are over; Ctrl-C leaves them be.")
+    ] = False,
+) -> None:
+    """Tell how runs are: state and why, progress, restarts, errors of the ranks, and what to do next."""
+    from slurm.status_table import show
+
+    raise SystemExit(show(directories, as_json=as_json, watch=watch))
+
+
+@app.command()
+def logs(
+    directory: RunArgument,
+    rank: Annotated[int | None, typer.Option(min=0, help="Whose output to print. Default: 0.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All ranks, each line after its rank.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="Last lines of each file.")] = 40,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on as it is written, over requeues.")] = False,
+    only_errors: Annotated[
+        bool, typer.Option("--errors", help="Reports, tracebacks and stacks of ranks alone.")
+    ] = False,
+) -> None:
+    """Print what the ranks of a run have written."""
+    from slurm.logs import show
+
+    raise SystemExit(show(directory, rank, every=every, lines=lines, follow=follow, only_errors=only_errors))
+
+
+@app.command()
+def cancel(
+    directory: RunArgument,
+    now: Annotated[bool, typer.Option("--now", help="End it at once; what is not saved is lost.")] = False,
+) -> None:
+    """Cancel a submitted run and what follows it: it saves first, ends, and is not requeued."""
+    from slurm.cancel import cancel as carry_out
+
+    raise SystemExit(carry_out(directory, now=now))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Tell what this machine can do, and what is missing for what."""
+    from tools.doctor import doctor as examine
+
+    examine(as_json=as_json)
+
+
+@shards.command("make")
+def shards_make(
+    manifest: Annotated[Path, typer.Argument(help="CSV or JSONL: key, audio, text, vision, label, split.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = os.cpu_count() or 1,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples per tar.")] = 1000,
+    on_bad_sample: Annotated[str, typer.Option(help=BAD_SAMPLE_HELP)] = "stop",
+    label_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest label.")] = (-3.0, 3.0),
+) -> None:
+    """Build shards from a manifest."""
+    from tools.shards import make
+
+    if on_bad_sample not in ("stop", "set_aside"):
+        raise UserError("--on-bad-sample", f"is {on_bad_sample!r}", "Write stop or set_aside.")
+    make(
+        manifest,
+        out,
+        workers=workers,
+        samples_per_shard=samples_per_shard,
+        on_bad_sample=on_bad_sample,
+        label_range=label_range,
+    )
+
+
 @shards.command("demo")
 def shards_demo(
     out: Annotated[Path, typer.Argument(help="Directory to make.")],

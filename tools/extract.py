@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -84,6 +85,8 @@ def extract(
     worlds.join(world, with_deepspeed=False, timeout_minutes=DAY)
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # sums of several threads round otherwise, and other ranks have other numbers of them
+    if world.rank != 0:
+        transformers.utils.logging.disable_progress_bar()
     with StopFlag() as stop:
         settings = together(lambda: extractable(recipe, overrides, checkpoint))
         finished = Extractor(settings, place, checkpoint, dtype, stop).run()

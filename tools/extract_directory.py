@@ -70,21 +70,19 @@ class Extraction:
             UserError: OUT holds something else.
             UserErrors: each entry that differs.
         """
-        if (self.out / "dataset.json").is_file():
+        if (self.out / "dataset.json").is_file() and load_info(self.out).features is not None:
             found, place = load_info(self.out).features, self.out
             remedy = "Name a new directory, or remove this one first."
-        elif (self.partial / IDENTITY).is_file():
-            found, place = self.known, self.partial
-            asked = {**asked, LAYOUT: self.samples_per_shard}
-            remedy = f"Finish it with its own settings, or remove {self.partial}."
         else:
-            return refuse_existing(self.out)
-        if place == self.out and found is None:
             refuse_existing(self.out)
+            if not (self.partial / IDENTITY).is_file():
+                return
+            found, place = self.known, self.partial
+            remedy = f"Finish it with its own settings, or remove {self.partial}."
+            asked = {**asked, LAYOUT: self.samples_per_shard}
         wrong = differences(asked, found, "features", str(place), remedy)
         if wrong:
             raise UserErrors(wrong)
-        return None
 
     def begin(self, identity: Mapping[str, Any]) -> bool:
         """Makes the directory, or opens it. Returns whether OUT is there, with just these features.

@@ -21,7 +21,9 @@ from dist_train.plan_features import caching, feature_lengths
 from dist_train.projector import Projector
 from dist_train.recipe import Recipe, write_recipe
 from dist_train.rollout import SimulationSettings
+from sharding.errors import UserError
 from sharding.hardware import PROFILES
+from sharding.mix import Part, mix_info
 from sharding.shard_writer import pack_sample, write_dataset
 from sharding.shards import Dims, load_dataset, load_info
 from sharding.stream import ShardedSplit
@@ -181,6 +183,8 @@ def test_what_is_there_is_not_made_again_and_nothing_stale_is_read(
 
     shutil.rmtree(data)
     extracted(joint, data, "--dtype", "float16")
+    with pytest.raises(UserError, match="made in another way"):
+        mix_info([Part("a", generated, 1.0), Part("b", data, 1.0)])
     for words in (("evaluate", output), ("train", output / "recipe.yaml", "training.epochs=2", "--output", output)):
         resume = ["--resume"] if words[0] == "train" else []
         stale = run(*words, *resume)
