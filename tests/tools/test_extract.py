@@ -114,12 +114,10 @@ def test_joint_and_offline_give_the_same_predictions(world: World, generated: Pa
         deepspeed=False,
         cases={name: {"joint": str(a), "features": str(b)} for name, (a, b) in cases.items()},
     )
-    print(found)
     for name, case in found.items():
-        assert case["spread"] > 0.005
-        size = max(case["spread"], 1.0)  # of predictions like the labels
-        assert case["largest"] < (0.01 * case["spread"] if name == "half" else 1e-5 * size), found
-    assert found["half"]["largest"] > 1e-7  # it was rounded
+        spread = case["spread"]
+        assert case["largest"] < (0.02 * spread if name == "half" else min(1e-3 * spread, 1e-5 * max(spread, 1))), found
+    assert found["half"]["largest"] > found["generate"]["largest"]  # it was rounded
     assert load_info(learnt).features["checkpoint"] is not None  # type: ignore[index]
     assert load_info(learnt).features["weights"] != load_info(cases["prefix"][1]).features["weights"]  # type: ignore[index]
 
