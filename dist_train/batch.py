@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_train.audio import SAMPLE_RATE, AudioSettings
 from dist_train.llm import TextSettings
+from dist_train.missing import Missing, drop
 from sharding.errors import UserError
 from sharding.shards import Features
 from sharding.shuffle import Window
@@ -165,6 +166,7 @@ class Batch(TypedDict):
     label: Tensor  # [B] float32
     real: Tensor  # [B], False on fillers
     index: Tensor  # [B] position in the key-sorted split
+    dropped: Tensor  # [B, 3], what the missing flow does without: audio, text, vision
     set_aside: list[str]  # why clips of this batch do not count
     simulated: NotRequired[Tensor]  # [B, N, D] features of the imagined text (rollout `features`)
     simulated_mask: NotRequired[Tensor]
@@ -179,6 +181,7 @@ class Collator:
     Args:
         tokenizer: None where no transcript is read.
         minimum_audio: shortest audio in samples (or frames); shorter ones are padded with silence to it.
+        missing, seed: what the missing flow lacks; drawn as in epoch 0, also where clips are evaluated.
         widths: feature width of each modality, by name.
         simulated: whether the imagined text comes as features.
 
@@ -196,11 +199,14 @@ class Collator:
         minimum_audio: int,
         widths: dict[str, int],
         simulated: bool = False,
+        missing: Missing = "text",
+        seed: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.data, self.audio, self.text = data, audio, text
         self.minimum_audio = minimum_audio
         self.widths, self.simulated = widths, simulated
+        self.missing, self.seed = missing, seed
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
         """samples (contract of sharding.stream) → Batch of CPU tensors."""
@@ -241,19 +247,21 @@ class Collator:
         bos = 0 if self.tokenizer is None else self.tokenizer.bos_token_id
         t, tm, tp = pad(text, text_width, 1, fill=bos if text_width is None else 0)
         v, vm, vp = pad([sample["vision"] for sample in samples], self.widths["vision"], 1)
-        batch = Batch(
+        made = Batch(
             audio=a, audio_mask=am, audio_present=ap,
             text=t.long() if text_width is None else t, text_mask=tm, text_present=tp,
             vision=v, vision_mask=vm, vision_present=vp,
             label=torch.tensor([sample["label"] for sample in samples], dtype=torch.float32),
             real=torch.tensor(real),
             index=torch.tensor([sample["index"] for sample in samples]),
+            dropped=torch.empty(0),
             set_aside=[f"{sample['key']}: {sample['set_aside']}" for sample in samples if sample.get("set_aside")],
         )  # fmt: skip
         if self.simulated:
             s, sm, sp = pad(simulated, self.widths["simulated"], 1)
-            batch |= {"simulated": s, "simulated_mask": sm, "simulated_present": sp}
-        return batch
+            made |= {"simulated": s, "simulated_mask": sm, "simulated_present": sp}
+        drop(made, self.missing, self.seed, epoch=0)
+        return made
 
     def tokens(self, sample: dict[str, Any]) -> np.ndarray | None:
         """Token ids [L] of the transcript, BOS kept, or the text features [L, D], or None."""

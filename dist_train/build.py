@@ -201,6 +201,8 @@ def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, mo
         minimum_audio=model.audio.minimum_samples,
         widths=recipe.widths.model_dump(),
         simulated=recipe.simulation.rollout == "features",
+        missing=recipe.missing,
+        seed=recipe.seed,
     )
 
 

@@ -126,6 +126,9 @@ def evaluate(
     checkpoint: Annotated[str, typer.Option(help="best, last, or the path of a checkpoint.")] = "best",
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     ranks: RanksOption = None,
+    robustness: Annotated[
+        bool, typer.Option("--robustness", help="With modalities missing (all patterns, all rates) and noisy instead.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     accept_other_base: OtherBaseOption = False,
 ) -> None:
@@ -142,7 +145,16 @@ def evaluate(
         choose_accelerator()
         from dist_train.rank import end, run_evaluation
 
-        end(run_evaluation(world, run, checkpoint, split, as_json=as_json, accept_other_base=accept_other_base))
+        code = run_evaluation(
+            world,
+            run,
+            checkpoint,
+            split,
+            as_json=as_json,
+            accept_other_base=accept_other_base,
+            robustness=robustness,
+        )
+        end(code)
     run.open()
     raise SystemExit(run_local(again(), ranks or default_ranks(), run.logs))
 
@@ -268,20 +280,31 @@ def extract(
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories, or a folder of them.")],
     scaling: Annotated[bool, typer.Option("--scaling", help="Compare runs of several world sizes.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Of --scaling: directory. Default: the runs' folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Of --scaling: print JSON.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Of a comparison: directory. Default: the runs' folder.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Of a comparison: print JSON.")] = False,
 ) -> None:
-    """Write report.html, one self-contained page, and the figures of each run; or of how a training scales."""
+    """Write report.html, one self-contained page, and the figures of each run; of several, also how they compare."""
+    from rich.console import Console
+
     if not scaling:
         from dist_train.report import write_report
 
-        if output is not None or as_json:
-            raise UserError("report", "--output and --json belong to --scaling", "Leave them out, or add --scaling.")
+        if len(directories) == 1 and (output is not None or as_json):
+            raise UserError("report", "--output and --json belong to a comparison", "Name several runs, or --scaling.")
         for directory in directories:
-            print(write_report(directory))
-        return
-    from rich.console import Console
+            written = write_report(directory)
+            if not as_json:
+                print(written)
+        if len(directories) > 1:
+            from dist_train.compare_page import comparison_table, write_comparison
 
+            compared, page = write_comparison(directories, output)
+            if as_json:
+                print(compared.model_dump_json(indent=1))
+            else:
+                Console().print(comparison_table(compared))
+                print(page)
+        return
     from dist_train.scaling_page import scaling_table, write_scaling
 
     found, page = write_scaling(directories, output)

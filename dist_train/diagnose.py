@@ -20,7 +20,7 @@ SHOWN = 8  # keys named in the message
 def non_finite_loss(step: int, result: GlobalLoss, batches: list[Batch], keys: Sequence[str]) -> UserError:
     """The error for a loss over these micro-batches that is not finite (collective)."""
     terms = [name for name, term in result.terms.items() if not term.isfinite()] or ["their weighted sum"]
-    rows = bad_rows([*result.rows.complete, *result.rows.missing, result.rows.asr])
+    rows = bad_rows([*result.rows.complete, *result.rows.missing, result.rows.asr, *result.rows.notes.values()])
     return explain(step, "loss", terms, guilty_keys(rows, batches, keys))
 
 
@@ -51,11 +51,12 @@ def bad_gradients(rows: Rows, settings: LossSettings) -> dict[str, Tensor]:
     """Terms whose gradient is not finite, each with the rows [n] bool it is not finite for."""
     if len(rows.label) == 0:
         return {}
-    outputs = [part.detach().requires_grad_() for part in (*rows.complete, *rows.missing)]
+    outputs = [part.detach().requires_grad_() for part in (*rows.complete, *rows.missing, *rows.notes.values())]
     flow = len(FlowOutput._fields)
-    complete, missing = FlowOutput(*outputs[:flow]), FlowOutput(*outputs[flow:])
+    complete, missing = FlowOutput(*outputs[:flow]), FlowOutput(*outputs[flow : 2 * flow])
+    notes = dict(zip(rows.notes, outputs[2 * flow :], strict=True))
     found = {}
-    for name, term in double_flow_loss(complete, missing, rows.label, rows.has_teacher, settings)[1].items():
+    for name, term in double_flow_loss(complete, missing, rows.label, rows.has_teacher, settings, notes)[1].items():
         gradients = torch.autograd.grad(term, outputs, retain_graph=True, allow_unused=True)
         hit = bad_rows([gradient for gradient in gradients if gradient is not None])
         if hit.any():

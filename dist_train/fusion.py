@@ -15,12 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from dist_train.imagination import MIA, ImaginationSettings
+from dist_train.missing import MODALITIES, Streams, keep_where, lacked
+from dist_train.refine import VGMR, RefineSettings
+from dist_train.rollout import evaluating
 
 REPRESENTATION_WIDTH = 128
 RNC_WIDTH = 64
 # The seven views in the order of the official code, each by the modalities it is made of (0 audio, 1 text, 2 vision).
 VIEWS = {"avt": (0, 1, 2), "at": (0, 1), "tv": (1, 2), "av": (0, 2), "a": (0,), "t": (1,), "v": (2,)}
-TEXT_VIEW = list(VIEWS).index("t")
+FIRST_SINGLE = list(VIEWS).index("a")  # the views of one modality come last, in the modalities' order
 
 
 class FusionSettings(BaseModel):
@@ -60,10 +63,18 @@ class FlowOutput(NamedTuple):
     """[B, 128] final representation (L_RS)."""
     rnc: Tensor
     """[B, 64] side head (RNC)."""
-    text_query: Tensor
-    """[B, d] text vector after its view MLP (MKD-1)."""
-    text_views: Tensor
-    """[B, 7, 128] text seen by the seven views (MKD-2)."""
+    query: Tensor
+    """[B, d] vector of the modality that the missing flow lacks, after its view MLP (MKD-1)."""
+    views: Tensor
+    """[B, 7, 128] the same modality seen by the seven views (MKD-2)."""
+
+
+class Fused(NamedTuple):
+    """Both flows of B clips, and what else the losses need of each clip: named tensors [B, …]."""
+
+    complete: FlowOutput
+    missing: FlowOutput
+    notes: dict[str, Tensor]
 
 
 def _mlp(dropout: float, *widths: int) -> nn.Sequential:
@@ -148,11 +159,21 @@ class FusionNetwork(nn.Module):
         widths: features per step of audio, text and vision.
         settings: see :class:`FusionSettings`.
         imagination: see :class:`~dist_train.imagination.ImaginationSettings`; disabled, no MIA parameters exist.
+        lacks: the modalities that the missing flow may lack in training; each has its own MIA.
+        refine: see :class:`~dist_train.refine.RefineSettings`. Default: nothing in front.
     """
 
-    def __init__(self, widths: FusionWidths, settings: FusionSettings, imagination: ImaginationSettings) -> None:
+    def __init__(
+        self,
+        widths: FusionWidths,
+        settings: FusionSettings,
+        imagination: ImaginationSettings,
+        lacks: Sequence[str] = ("text",),
+        refine: RefineSettings | None = None,
+    ) -> None:
         super().__init__()
         d, dropout = settings.width, settings.dropout
+        self.refine = VGMR(widths, refine) if refine is not None and refine.kind == "vgmr" else None
         self.projections = nn.ModuleList(nn.Linear(width, d) for width in widths)
         self.pooled_attention = nn.ModuleList(PooledUMCA(settings) for _ in widths)
         self.modality_gate = AFG(dropout, 3 * d, d, d, 3)
@@ -163,11 +184,18 @@ class FusionNetwork(nn.Module):
         self.rnc_head = nn.Sequential(
             nn.Linear(REPRESENTATION_WIDTH, RNC_WIDTH), nn.ReLU(), nn.Linear(RNC_WIDTH, RNC_WIDTH)
         )
-        self.pooled_imagination: MIA | None = None
-        self.views_imagination: MIA | None = None
-        if imagination.enabled:
-            self.pooled_imagination = MIA(d, imagination.pooled_bottleneck, imagination.skip)
-            self.views_imagination = MIA(REPRESENTATION_WIDTH, imagination.views_bottleneck, imagination.skip)
+        self.pooled_imagination, self.views_imagination = (
+            nn.ModuleDict(
+                {
+                    name: MIA(width, bottleneck, imagination.skip, MODALITIES.index(name))
+                    for name in (lacks if imagination.enabled else ())
+                }
+            )
+            for width, bottleneck in (
+                (d, imagination.pooled_bottleneck),
+                (REPRESENTATION_WIDTH, imagination.views_bottleneck),
+            )
+        )
 
     def encode_views(self, vectors: Tensor, weights: Tensor) -> Tensor:
         """Pooled modality vectors [B, 3, d] and their weights [B, 3] to the seven views [B, 7, d].
@@ -181,50 +209,92 @@ class FusionNetwork(nn.Module):
             views.append(mlp(mixed))
         return torch.stack(views, dim=1)
 
-    def forward(
-        self,
-        audio: Tensor,
-        audio_mask: Tensor,
-        real: Tensor,
-        real_mask: Tensor,
-        simulated: Tensor,
-        simulated_mask: Tensor,
-        vision: Tensor,
-        vision_mask: Tensor,
-    ) -> tuple[FlowOutput, FlowOutput]:
-        """The complete flow (real text) and the missing flow (simulated text) over the same clips.
+    def forward(self, complete: Streams, missing: Streams, dropped: Tensor, labels: Tensor | None = None) -> Fused:
+        """The complete flow and the missing flow over the same clips.
 
         Args:
-            audio, real, simulated, vision: features [B, T, width]; padding must be finite. An absent modality is one
-                real step of zeros.
-            audio_mask, real_mask, simulated_mask, vision_mask: bool [B, T], True at real steps, at least one per clip.
+            complete, missing: features [B, T, width] of audio, text and vision with their masks, True at real steps, at
+                least one per clip; padding must be finite. An absent modality is one real step of zeros.
+            dropped: bool [B, 3], the modalities that the missing flow does without; MIA acts on these.
+            labels: [B], wanted in training by VGMR, whose values learn what a modality is worth.
         """
-        project_audio, project_text, project_vision = self.projections
-        heard, seen = project_audio(audio), project_vision(vision)  # both flows read them
-        complete = self.flow((heard, project_text(real), seen), (audio_mask, real_mask, vision_mask), missing=False)
-        missing = self.flow(
-            (heard, project_text(simulated), seen), (audio_mask, simulated_mask, vision_mask), missing=True
+        notes: dict[str, Tensor] = {}
+        if self.refine is not None and labels is not None and self.training:
+            for name, streams in (("complete", complete), ("missing", missing)):
+                notes[f"worth/{name}"] = self.worth(streams, dropped, labels, missing=name == "missing")
+        if self.refine is not None:
+            complete, values = self.refine(complete)
+            missing, left = self.refine(missing)
+            for field in values._fields:
+                notes |= {f"{field}/complete": getattr(values, field), f"{field}/missing": getattr(left, field)}
+        whole = self.project(complete)
+        kept = [again is once for once, again in zip(complete, missing, strict=True)]  # both flows read it
+        parts = zip(kept, whole, self.projections, missing, strict=True)
+        left_over = [once if same else projection(stream.states) for same, once, projection, stream in parts]
+        return Fused(
+            self.flow(whole, [stream.mask for stream in complete], dropped, missing=False),
+            self.flow(left_over, [stream.mask for stream in missing], dropped, missing=True),
+            notes,
         )
-        return complete, missing
 
-    def flow(self, sequences: Sequence[Tensor], masks: Sequence[Tensor], *, missing: bool) -> FlowOutput:
-        """One flow over projected audio, text and vision [B, T, d]; MIA acts on the text of the missing flow only."""
+    @torch.no_grad()
+    def worth(self, streams: Streams, dropped: Tensor, labels: Tensor, *, missing: bool) -> Tensor:
+        """[B, 3]: by how much the squared error of this flow grows without each modality (VGMR's delta).
+
+        Three fusion passes more, and one over everything: all four without dropout, whose noise would drown the
+        difference. The language model does not run again.
+        """
+        errors = []
+        with evaluating(self):
+            for removed in (None, *range(len(streams))):
+                nobody = torch.zeros_like(dropped[:, 0])
+                left = (
+                    keep_where(stream, nobody) if number == removed else stream for number, stream in enumerate(streams)
+                )
+                refined, _ = self.refine(Streams(*left))  # type: ignore[misc]
+                output = self.flow(self.project(refined), [stream.mask for stream in refined], dropped, missing=missing)
+                errors.append((output.prediction.float() - labels.float()).square())
+        return torch.stack([error - errors[0] for error in errors[1:]], 1)
+
+    def project(self, streams: Streams) -> list[Tensor]:
+        """Each stream [B, T, width] → [B, T, d]."""
+        return [projection(stream.states) for projection, stream in zip(self.projections, streams, strict=True)]
+
+    def flow(
+        self, sequences: Sequence[Tensor], masks: Sequence[Tensor], dropped: Tensor, *, missing: bool
+    ) -> FlowOutput:
+        """One flow over projected audio, text and vision [B, T, d]; MIA acts in the missing flow only."""
         pooled = [umca(x, m) for umca, x, m in zip(self.pooled_attention, sequences, masks, strict=True)]
-        if missing and self.pooled_imagination is not None:
-            pooled[1] = self.pooled_imagination(*pooled)
+        if missing:
+            pooled = imagine(self.pooled_imagination, pooled, dropped)
         vectors = torch.stack(pooled, dim=1)
         weights = self.modality_gate(vectors)
 
         views = self.encode_views(vectors, weights)
         seen = [umca(x, m, views) for umca, x, m in zip(self.view_attention, sequences, masks, strict=True)]
-        if missing and self.views_imagination is not None:
-            seen[1] = self.views_imagination(*seen)
-        fused = (weights[:, :, None, None] * torch.stack(seen, dim=1)).sum(1)
+        if missing:
+            seen = imagine(self.views_imagination, seen, dropped)
+        stacked = torch.stack(seen, dim=1)
+        fused = (weights[:, :, None, None] * stacked).sum(1)
         representation = (self.view_gate(fused).unsqueeze(-1) * fused).sum(1)
+        rows, which = torch.arange(len(dropped), device=dropped.device), lacked(dropped)
         return FlowOutput(
             prediction=self.head(representation).squeeze(-1),
             representation=representation,
             rnc=self.rnc_head(representation),
-            text_query=views[:, TEXT_VIEW],
-            text_views=seen[1],
+            query=views[rows, FIRST_SINGLE + which],
+            views=stacked[rows, which],
         )
+
+
+def imagine(modules: nn.ModuleDict, vectors: Sequence[Tensor], dropped: Tensor) -> list[Tensor]:
+    """Vectors [B, …, width] of the three modalities; what is dropped [B, 3] is imagined from all three.
+
+    Every module runs for every batch, so that gradients of different ranks belong to the same parameters.
+    """
+    imagined = list(vectors)
+    for name, module in modules.items():
+        number = MODALITIES.index(name)
+        chosen = dropped[:, number].reshape(-1, *[1] * (vectors[number].dim() - 1))
+        imagined[number] = torch.where(chosen, module(*vectors), vectors[number])
+    return imagined

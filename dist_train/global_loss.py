@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from dist_train.batch import Batch
 from dist_train.fusion import FlowOutput
 from dist_train.losses import LossSettings, double_flow_loss, transcription_loss
+from dist_train.missing import has_teacher
 from dist_train.model import Flows
 from sharding.collectives import gather_rows
 
@@ -26,14 +27,17 @@ FLOW = len(FlowOutput._fields)
 
 
 class Packed(NamedTuple):
-    """rows [B, W] fp32, with their graph: what a loss needs of each clip of a micro-batch; shapes: of its parts."""
+    """rows [B, W] fp32, with their graph: what a loss needs of each clip of a micro-batch; shapes: of its parts; notes:
+    names of the last ones of these.
+    """
 
     rows: Tensor
     shapes: tuple[torch.Size, ...]
+    notes: tuple[str, ...] = ()
 
     def detached(self) -> Packed:
         """The same values without their graph."""
-        return Packed(self.rows.detach(), self.shapes)
+        return self._replace(rows=self.rows.detach())
 
 
 class Rows(NamedTuple):
@@ -44,6 +48,13 @@ class Rows(NamedTuple):
     label: Tensor
     has_teacher: Tensor
     asr: Tensor
+    notes: dict[str, Tensor]
+
+    def detached(self) -> Rows:
+        """The same values without their graph."""
+        complete, missing = (FlowOutput(*(x.detach() for x in flow)) for flow in (self.complete, self.missing))
+        notes = {name: note.detach() for name, note in self.notes.items()}
+        return Rows(complete, missing, self.label, self.has_teacher, self.asr.detach(), notes)
 
 
 class GlobalLoss(NamedTuple):
@@ -72,22 +83,23 @@ class GlobalLoss(NamedTuple):
 
 def pack(flows: Flows, batch: Batch) -> Packed:
     """Everything a loss needs of a clip in one row: the outputs of both flows, sum and count of ASR, label, whether it
-    has a transcript, whether it is real, and its shares of the language model's positions and passages.
+    has what the missing flow lacks, whether it is real, and its shares of the language model's positions and passages.
     """
     count = len(batch["label"])
     asr = torch.zeros(count, 2, device=batch["label"].device) if flows.asr is None else flows.asr
-    parts = [*flows.complete, *flows.missing, asr]
+    names = sorted(flows.notes)
+    parts = [*flows.complete, *flows.missing, asr, *(flows.notes[name] for name in names)]
     shares = (torch.stack([flows.tokens, flows.passages]) / count).float().expand(count, 2)
-    extra = torch.stack([batch["label"], batch["text_present"].float(), batch["real"].float()], 1)
+    extra = torch.stack([batch["label"], has_teacher(batch).float(), batch["real"].float()], 1)
     rows = torch.cat([part.float().reshape(count, -1) for part in parts] + [extra, shares], 1)
-    return Packed(rows, tuple(part.shape[1:] for part in parts))
+    return Packed(rows, tuple(part.shape[1:] for part in parts), tuple(names))
 
 
 def global_loss(packed: Sequence[Packed], settings: LossSettings, most: int | None = None) -> GlobalLoss:
     """Loss of the clips that all ranks packed in these micro-steps (collective).
 
-    A clip without transcript has no teacher: it enters MSE and RNC, not the distillation terms. Without any real clip
-    the loss is 0.
+    A clip without the modality that the missing flow lacks has no teacher: it enters MSE and RNC, not the distillation
+    terms. Without any real clip the loss is 0.
 
     Args:
         packed: one per micro-step, the same number on all ranks.
@@ -96,13 +108,13 @@ def global_loss(packed: Sequence[Packed], settings: LossSettings, most: int | No
     local = torch.cat([part.rows.detach() for part in packed])
     most = len(local) if most is None else most
     whole = gather_rows(pad(local, (0, 0, 0, most - len(local)))).requires_grad_()  # rows of zeros are not real
-    rows, tokens, passages = unpack(whole, packed[0].shapes)
+    rows, tokens, passages = unpack(whole, packed[0].shapes, packed[0].notes)
     clips = len(rows.label)
     if clips == 0:
         loss, gradient = whole.new_zeros(()), torch.zeros_like(whole)
         terms: dict[str, Tensor] = {}
     else:
-        loss, terms = double_flow_loss(rows.complete, rows.missing, rows.label, rows.has_teacher, settings)
+        loss, terms = double_flow_loss(rows.complete, rows.missing, rows.label, rows.has_teacher, settings, rows.notes)
         if settings.asr > 0:
             terms["asr"] = transcription_loss(rows.asr)
             loss = loss + settings.asr * terms["asr"]
@@ -111,7 +123,7 @@ def global_loss(packed: Sequence[Packed], settings: LossSettings, most: int | No
     return GlobalLoss(
         loss.detach(),
         {name: term.detach() for name, term in terms.items()},
-        Rows(detached(rows.complete), detached(rows.missing), rows.label, rows.has_teacher, rows.asr.detach()),
+        rows.detached(),
         clips,
         tokens,
         passages,
@@ -119,17 +131,14 @@ def global_loss(packed: Sequence[Packed], settings: LossSettings, most: int | No
     )
 
 
-def detached(flow: FlowOutput) -> FlowOutput:
-    """The same values without their graph."""
-    return FlowOutput(*(part.detach() for part in flow))
-
-
-def unpack(whole: Tensor, shapes: Sequence[torch.Size]) -> tuple[Rows, int, int]:
+def unpack(whole: Tensor, shapes: Sequence[torch.Size], notes: Sequence[str] = ()) -> tuple[Rows, int, int]:
     """Rows [N, W] of all ranks → those of real clips, and the language model's positions and passages."""
     tokens, passages = whole[:, -2:].double().sum(0).tolist()
     whole = whole[whole[:, -3] > 0]
     sizes = [shape.numel() for shape in shapes]
-    *columns, label, has_text, _, _ = whole.split([*sizes, 1, 1, 1, 2], 1)
+    *columns, label, taught, _, _ = whole.split([*sizes, 1, 1, 1, 2], 1)
     restored = [column.reshape(len(whole), *shape) for column, shape in zip(columns, shapes, strict=True)]
-    complete, missing, asr = FlowOutput(*restored[:FLOW]), FlowOutput(*restored[FLOW:-1]), restored[-1]
-    return Rows(complete, missing, label[:, 0].detach(), has_text[:, 0] > 0, asr), round(tokens), round(passages)
+    complete, missing = FlowOutput(*restored[:FLOW]), FlowOutput(*restored[FLOW : 2 * FLOW])
+    asr, *noted = restored[2 * FLOW :]
+    named = dict(zip(notes, noted, strict=True))
+    return Rows(complete, missing, label[:, 0].detach(), taught[:, 0] > 0, asr, named), round(tokens), round(passages)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dist_train.missing import MODALITIES
 from dist_train.notes import column
 from dist_train.recipe import Recipe
 from sharding.stream import ShardedSplit
 
-MODALITIES = ("audio", "text", "vision")  # in the order of the fusion network
 READERS = {  # what only a clip with the modality gives a gradient to; audio is also what text is imagined from
     "audio": ("audio.", "projector.", "llm."),
     "text": ("llm.", "text_features."),
@@ -22,5 +22,8 @@ def idle_parts(recipe: Recipe, train: ShardedSplit) -> dict[str, str]:
     for place, modality in enumerate(MODALITIES):
         if all(length is None for length in column(recipe, train, modality)):
             parts = (f"fusion.{part}.{place}." for part in ("projections", "pooled_attention", "view_attention"))
-            idle |= dict.fromkeys((*READERS[modality], *parts), f"no training clip has {modality}")
+            reason = f"no training clip has {modality}"
+            idle |= dict.fromkeys((*READERS[modality], *parts), reason)
+            if recipe.missing == "random":  # then none can lose it
+                idle |= {f"fusion.{part}_imagination.{modality}.": reason for part in ("pooled", "views")}
     return idle

@@ -6,6 +6,9 @@ fp32 (float64 stays float64). Source: SDUMC (arXiv 2410.15029) and its released 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -14,6 +17,9 @@ from dist_train.fusion import FlowOutput
 
 # Two label distances closer than this count as equal (official code).
 RNC_SLACK = 1e-4
+FLOWS = ("complete", "missing")
+VALUE_EDGE = 1e-4
+VALUE_SPREAD = 0.1
 
 
 class LossSettings(BaseModel):
@@ -45,6 +51,22 @@ class LossSettings(BaseModel):
     )
     rnc_temperature: float = Field(
         default=2.0, gt=0, description="Temperature: similarity = -L2 distance / temperature. Default: 2."
+    )
+    value: float = Field(
+        default=0.1,
+        ge=0,
+        description="With `refine: vgmr`: weight of aligning the values with what a modality is worth. Default: 0.1.",
+    )
+    value_spread: float = Field(
+        default=0.01,
+        ge=0,
+        description="With `refine: vgmr`: weight of keeping the values from being all the same. Default: 0.01.",
+    )
+    value_temperature: float = Field(
+        default=0.5,
+        gt=0,
+        description="With `refine: vgmr`: growth of the squared error without a modality, in labels squared, that asks "
+        "for a value of 0.73. Default: 0.5.",
     )
     epsilon: float = Field(
         default=1e-12,
@@ -115,8 +137,49 @@ def transcription_loss(asr: Tensor) -> Tensor:
     return sums.sum() / counts.sum().clamp(min=1)
 
 
+def value_loss(estimates: Tensor, worth: Tensor, temperature: float) -> Tensor:
+    """How far VGMR's estimates are from what the modalities are worth: KL divergence in nats, mean over everything.
+
+    The paper aligns g and the mean of p with the growth of the loss without a modality and gives no formula. Here the
+    target is ``sigmoid(worth / temperature)``: 0.5 for a modality that makes no difference, more for one that helps.
+
+    Args:
+        estimates: [n, 3, k] in (0, 1).
+        worth: [n, 3] growth of the squared error; no gradient goes there.
+    """
+    target = torch.sigmoid(_exact(worth.detach()) / temperature)[..., None].expand_as(estimates)
+    # both sides kept off 0 and 1, where the logarithm ends
+    estimates, target = (x.clamp(VALUE_EDGE, 1 - VALUE_EDGE) for x in (_exact(estimates), target))
+    surprise = target * (target / estimates).log() + (1 - target) * ((1 - target) / (1 - estimates)).log()
+    return surprise.mean()
+
+
+def value_spread_loss(estimates: Tensor, spread: Tensor) -> Tensor:
+    """Keeps VGMR's values from collapsing: hinges on their standard deviation over clips, and of p over channels.
+
+    The paper names such a regularisation and gives no formula; this is the variance term of VICReg (arXiv 2105.04906):
+    the share by which each standard deviation stays below 0.1, mean over modalities.
+
+    Args:
+        estimates: [n, 3, k].
+        spread: [n, 3, 1] standard deviation over channels; [n, 3, 0] without p.
+    """
+    over_clips = (_exact(estimates).var(0, correction=0) + VALUE_EDGE**2).sqrt()
+    hinges = [
+        (1 - deviation / VALUE_SPREAD).clamp(min=0).mean()
+        for deviation in (over_clips, _exact(spread))
+        if deviation.numel()
+    ]
+    return torch.stack(hinges).mean()
+
+
 def double_flow_loss(
-    complete: FlowOutput, missing: FlowOutput, labels: Tensor, has_teacher: Tensor, settings: LossSettings
+    complete: FlowOutput,
+    missing: FlowOutput,
+    labels: Tensor,
+    has_teacher: Tensor,
+    settings: LossSettings,
+    notes: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the six terms over one global batch, and the unweighted terms by name.
 
@@ -126,12 +189,13 @@ def double_flow_loss(
     Args:
         complete, missing: outputs of the two flows over the same n clips.
         labels: [n] valence.
-        has_teacher: bool [n], False for a clip without transcript.
+        has_teacher: bool [n], False for a clip that has not what the missing flow does without.
         settings: weights and constants.
+        notes: what parts beside the two flows say of each clip (`Fused.notes`); each adds its terms.
 
     Returns:
         The scalar loss and ``{"mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"}``, all attached to the graph;
-        0 and no terms if all six weights are 0.
+        0 and no terms if all six weights are 0. With VGMR also "value" and "value_spread".
     """
     if not settings.compares_flows:
         return labels.new_zeros(()), {}
@@ -143,9 +207,15 @@ def double_flow_loss(
     terms = {
         "mse_complete": (_exact(complete.prediction) - labels).square().mean(),
         "mse_missing": (_exact(missing.prediction) - labels).square().mean(),
-        "mkd1": rmse(missing.text_query, complete.text_query.detach()),
-        "mkd2": rmse(missing.text_views, complete.text_views.detach()),
+        "mkd1": rmse(missing.query, complete.query.detach()),
+        "mkd2": rmse(missing.views, complete.views.detach()),
         "rs": rmse(missing.representation, complete.representation),
         "rnc": rank_n_contrast(torch.cat((complete.rnc, missing.rnc)), labels.repeat(2), settings.rnc_temperature),
     }
+    if "worth/complete" in notes:
+        sides = [[notes[f"{field}/{flow}"] for field in ("estimates", "worth", "spread")] for flow in FLOWS]
+        if sides[0][0].numel():
+            of = [value_loss(estimates, worth, settings.value_temperature) for estimates, worth, _ in sides]
+            terms["value"] = torch.stack(of).mean()
+            terms["value_spread"] = torch.stack([value_spread_loss(seen, spread) for seen, _, spread in sides]).mean()
     return sum(getattr(settings, name) * term for name, term in terms.items()), terms

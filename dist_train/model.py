@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from dist_train.audio import AudioEncoder, AudioFeatures
 from dist_train.batch import Batch
 from dist_train.fusion import FlowOutput, FusionNetwork, FusionWidths
 from dist_train.llm import Block, LanguageModel, TextFeatures
+from dist_train.missing import TEXT, Streams, lacking_modalities, present_or_zero, without
 from dist_train.packed import TextStates, Tokens
 from dist_train.phases import phase
 from dist_train.projector import Projector, load_projector
@@ -31,6 +34,8 @@ class Flows(NamedTuple):
     """[B, 2] negative log-likelihood of the transcript in nats, and its number of tokens; None without ASR."""
     answers: Tokens | None = None
     """The imagined text, one answer per clip; None where the rollout decodes nothing."""
+    notes: Mapping[str, Tensor] = MappingProxyType({})
+    """What else the losses need of each clip (`Fused.notes`)."""
 
 
 class Texts(NamedTuple):
@@ -44,15 +49,10 @@ class Texts(NamedTuple):
     answers: Tokens | None
 
 
-class Streams(NamedTuple):
-    """What is heard and read of B clips before the fusion network: all of it may come from features instead."""
-
-    audio: TextStates
-    texts: Texts
-
-
 class DoubleFlow(nn.Module):
-    """Complete flow (audio, real text, vision) and missing flow (audio, imagined text, vision) over the same clips.
+    """Complete flow (audio, real text, vision) and missing flow over the same clips.
+
+    The missing flow reads imagined text instead of the real, or lacks another modality (recipe: `missing`).
 
     Every module runs once in the same order for every batch on every rank, also for clips that lack a modality:
     an absent modality is computed on a dummy
@@ -94,29 +94,33 @@ class DoubleFlow(nn.Module):
             FusionWidths(audio=self.audio.width, text=self.text_width, vision=recipe.widths.vision),
             recipe.fusion,
             recipe.imagination,
+            lacking_modalities(recipe.missing),
+            recipe.refine,
         )
         self.fusion.requires_grad_(self.compares)  # in projector pre-training no loss reaches it
 
     def forward(self, batch: Batch) -> Flows:
         """Batch of B clips → both flows."""
-        dtype = next(self.fusion.parameters()).dtype
-        heard, texts = self.streams(batch)
+        whole, simulated, texts = self.streams(batch)
         if self.training and not self.compares:
             nothing = FlowOutput(*(torch.zeros_like(batch["label"]) for _ in FlowOutput._fields))
             return Flows(nothing, nothing, *texts[2:])
-        audio = present_or_zero(*heard, batch["audio_present"])
-        real = present_or_zero(*texts.real, batch["text_present"])
-        simulated = present_or_zero(*texts.simulated, batch.get("simulated_present", batch["audio_present"]))
-        vision = present_or_zero(batch["vision"].to(dtype), batch["vision_mask"], batch["vision_present"])
-        complete, missing = self.fusion(*audio, *real, *simulated, *vision)
-        return Flows(complete, missing, *texts[2:])
+        left = without(whole, simulated, batch["dropped"])
+        complete, missing, notes = self.fusion(whole, left, batch["dropped"], batch["label"])
+        return Flows(complete, missing, *texts[2:], notes=notes)
 
-    def streams(self, batch: Batch) -> Streams:
-        """Batch of B clips → what fusion reads of audio and text; `dist-train extract` keeps it."""
+    def streams(self, batch: Batch) -> tuple[Streams, TextStates, Texts]:
+        """What fusion reads: the streams of the complete flow, and the imagined text of what lacks its own."""
         dtype = next(self.fusion.parameters()).dtype
         heard = self.audio(batch["audio"], batch["audio_mask"])
         texts = self.texts(batch, heard.last.to(dtype), heard.mask)
-        return Streams(TextStates(heard.stream.to(dtype), heard.mask), texts)
+        whole = Streams(
+            present_or_zero(heard.stream.to(dtype), heard.mask, batch["audio_present"]),
+            present_or_zero(*texts.real, batch["text_present"]),
+            present_or_zero(batch["vision"].to(dtype), batch["vision_mask"], batch["vision_present"]),
+        )
+        imagined = batch.get("simulated_present", batch["audio_present"])
+        return whole, present_or_zero(*texts.simulated, imagined), texts
 
     def texts(self, batch: Batch, frames: Tensor, mask: Tensor) -> Texts:
         """Real and simulated text of each clip, out of one pass of the language model.
@@ -130,6 +134,7 @@ class DoubleFlow(nn.Module):
         audio = None if self.projector is None else self.projector(frames, mask)
         wanted = batch["audio_present"] & batch["real"]
         whole = wanted & batch["text_present"]
+        wanted = wanted & batch["dropped"][:, TEXT]
         blocks: dict[str, Block] = {}
         answers = said = None
         if flows and self.text_features is None:
@@ -165,10 +170,3 @@ def stored_texts(batch: Batch, like: Tensor, width: int) -> Texts:
     if "simulated" in batch:
         simulated = TextStates(batch["simulated"].to(like.dtype), batch["simulated_mask"])
     return Texts(TextStates(batch["text"].to(like.dtype), batch["text_mask"]), simulated, none, none, None, None)
-
-
-def present_or_zero(states: Tensor, mask: Tensor, present: Tensor) -> TextStates:
-    """states [B, T, D], mask [B, T]; where present [B] is False: one zero position, still connected to the graph."""
-    first = torch.zeros_like(mask)
-    first[:, 0] = True
-    return TextStates(states * present[:, None, None].to(states.dtype), torch.where(present[:, None], mask, first))

@@ -17,6 +17,7 @@ from dist_train.build import build_model
 from dist_train.fusion import FlowOutput
 from dist_train.global_loss import FLOW, Packed, pack
 from dist_train.losses import double_flow_loss, transcription_loss
+from dist_train.missing import draw_dropped
 from dist_train.model import DoubleFlow
 from dist_train.packed import TextStates, Tokens
 from dist_train.plan_quantised import finish_quantised, products_on_cpu
@@ -84,6 +85,7 @@ def hollow_batch(recipe: Recipe, model: DoubleFlow, clips: Sequence[Clip], trace
             label=torch.zeros(len(clips)),
             real=torch.ones(len(clips), dtype=torch.bool),
             index=torch.arange(len(clips)),
+            dropped=draw_dropped(recipe.missing, torch.ones(len(clips), 3), range(len(clips)), recipe.seed, epoch=0),
             set_aside=[],
             answer=answer,
             answer_mask=answer_mask,
@@ -135,10 +137,11 @@ def hollow_loss(recipe: Recipe, packed: Packed, rows: int, real: int) -> tuple[T
     """What `global_loss` does with the rows of all ranks, and what it keeps of them: their gradient and a copy."""
     whole = packed.rows.new_zeros(rows, packed.rows.shape[1]).requires_grad_()
     chosen = whole.index_select(0, torch.arange(real))
-    *columns, label, has_text, _, _ = chosen.split([*(shape.numel() for shape in packed.shapes), 1, 1, 1, 2], 1)
+    *columns, label, taught, _, _ = chosen.split([*(shape.numel() for shape in packed.shapes), 1, 1, 1, 2], 1)
     parts = [column.reshape(real, *shape) for column, shape in zip(columns, packed.shapes, strict=True)]
-    complete, missing, asr = FlowOutput(*parts[:FLOW]), FlowOutput(*parts[FLOW:-1]), parts[-1]
-    loss, _ = double_flow_loss(complete, missing, label[:, 0].detach(), has_text[:, 0] > 0, recipe.loss)
+    complete, missing, asr = FlowOutput(*parts[:FLOW]), FlowOutput(*parts[FLOW : 2 * FLOW]), parts[2 * FLOW]
+    notes = dict(zip(packed.notes, parts[2 * FLOW + 1 :], strict=True))
+    loss, _ = double_flow_loss(complete, missing, label[:, 0].detach(), taught[:, 0] > 0, recipe.loss, notes)
     if recipe.loss.asr > 0:
         loss = loss + recipe.loss.asr * transcription_loss(asr)
     (gradient,) = torch.autograd.grad(loss, whole)

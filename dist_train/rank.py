@@ -20,8 +20,9 @@ from dist_train.evaluate import evaluate_checkpoint, find_checkpoint
 from dist_train.notes import column
 from dist_train.recipe import Recipe, load_recipe, write_recipe
 from dist_train.resume import check_same, continue_from
+from dist_train.robustness import evaluate_robustness
 from dist_train.run_directory import RunDirectory
-from dist_train.tables import scores_table
+from dist_train.tables import robustness_table, scores_table
 from dist_train.train import train
 from dist_train.world_size import check_world_size
 from sharding import world as worlds
@@ -88,7 +89,9 @@ def run_training(
     split = "test" if "test" in summary else "valid"
     console.print(
         scores_table(
-            summary[split], f"{split} split, best checkpoint on {summary['selected_on']} (step {summary['best_step']})"
+            summary[split],
+            f"{split} split, best checkpoint on {summary['selected_on']} (step {summary['best_step']})",
+            settings.missing,
         )
     )
     for note in summary["notes"]:
@@ -98,18 +101,39 @@ def run_training(
 
 
 def run_evaluation(
-    world: worlds.World, run: RunDirectory, checkpoint: str, split: str, *, as_json: bool, accept_other_base: bool
+    world: worlds.World,
+    run: RunDirectory,
+    checkpoint: str,
+    split: str,
+    *,
+    as_json: bool,
+    accept_other_base: bool,
+    robustness: bool,
 ) -> int:
-    """`dist-train evaluate` in this rank. Returns the exit code."""
+    """`dist-train evaluate` in this rank. Returns the exit code.
+
+    Args:
+        robustness: with missing and noisy modalities instead.
+    """
     worlds.join(world, with_deepspeed=False)
     run.open()
     place = find_checkpoint(run, checkpoint)
-    scores = evaluate_checkpoint(run, load_recipe(run.recipe), place, split, accept_other_base=accept_other_base)
+    recipe = load_recipe(run.recipe)
+    if robustness:
+        found = evaluate_robustness(run, recipe, place, split, accept_other_base=accept_other_base)
+        if world.rank == 0 and as_json:
+            print(found.model_dump_json(indent=1))
+        elif world.rank == 0:
+            Console().print(robustness_table(found))
+            place = run.path / f"robustness_{split}.json"
+            Console().print(f"All of it: {place}; figures: dist-train report {run.path}", soft_wrap=True)
+        return 0
+    scores = evaluate_checkpoint(run, recipe, place, split, accept_other_base=accept_other_base)
     if world.rank == 0:
         if as_json:
             print(json.dumps({"split": split, **scores}, indent=1))
         else:
-            Console().print(scores_table(scores, f"{split} split: {scores['clips']} clips"))
+            Console().print(scores_table(scores, f"{split} split: {scores['clips']} clips", recipe.missing))
     return 0
 
 

@@ -23,9 +23,11 @@ from dist_train.fusion import FusionSettings
 from dist_train.imagination import ImaginationSettings
 from dist_train.llm import SimulationSettings, TextSettings
 from dist_train.losses import LossSettings
+from dist_train.missing import Missing
 from dist_train.optimizer import OptimizerSettings, ScheduleSettings
 from dist_train.pretrained import config_problems
 from dist_train.recipe_file import read_values, write_values
+from dist_train.refine import RefineSettings
 from sharding.errors import UserError, UserErrors
 from sharding.rules import Case, domains, incompatible
 from sharding.saver import CheckpointSettings
@@ -103,7 +105,13 @@ class Recipe(BaseModel):
     audio: AudioSettings = Field(default_factory=AudioSettings)
     text: TextSettings = Field(default_factory=TextSettings)
     simulation: SimulationSettings = Field(default_factory=SimulationSettings)
+    missing: Missing = Field(
+        "text",
+        description="What the missing flow does without: the same modality of every clip, or `random`: another one for "
+        "each clip and epoch.",
+    )
     imagination: ImaginationSettings = Field(default_factory=ImaginationSettings)
+    refine: RefineSettings = Field(default_factory=RefineSettings)
     fusion: FusionSettings = Field(default_factory=FusionSettings)
     loss: LossSettings = Field(default_factory=LossSettings)
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
@@ -197,6 +205,12 @@ class Recipe(BaseModel):
         if self.loss.asr > 0 and self.text.input == "features":
             yield UserError("loss.asr", "needs transcripts, and text.input is features", "Write loss.asr: 0.")
         rollout = self.simulation.rollout
+        if self.missing in ("audio", "vision") and rollout != "none" and self.loss.asr == 0:
+            yield UserError(
+                "simulation.rollout",
+                f"imagines text, which no flow lacks (missing: {self.missing})",
+                "Write simulation.rollout: none, or missing: random.",
+            )
         if self.simulation.projector is not None and not self.simulation.imagines:
             yield UserError(
                 "simulation.projector", f"is of no use where simulation.rollout is {rollout}", "Leave it out."

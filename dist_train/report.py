@@ -13,8 +13,9 @@ import jinja2
 import numpy as np
 import yaml
 
-from dist_train import figures
+from dist_train import figures, robustness_figures
 from dist_train.figures import Draw
+from dist_train.robustness_record import MODALITIES
 from dist_train.run_directory import refuse_links
 from dist_train.run_record import FLOWS, SPLITS, Run, number, read_run
 from sharding.errors import UserError, plain
@@ -78,6 +79,7 @@ def plan_plots(run: Run) -> Iterator[Plot]:
     yield _plot_validation(run, evaluated)
     yield _plot_similarity(run)
     yield from _plots_predictions(run)
+    yield from _plots_robustness(run)
     absent = "No training step was logged."
     step = run.column("step")
     named = [name for name in dict.fromkeys(k for r in run.steps for k in r) if name.startswith("loss")]
@@ -122,6 +124,42 @@ def plan_plots(run: Run) -> Iterator[Plot]:
             partial(figures.memory, step, peak),
         )
     yield from _plots_plan(run)
+
+
+def _plots_robustness(run: Run) -> Iterator[Plot]:
+    """What `dist-train evaluate --robustness` found, if it was run."""
+    found = run.robustness
+    if found is None:
+        return
+    floor = found.floor["mae"] or 0.0
+    about = f"{found.clips} clips of the {found.split} split."
+    yield Plot(
+        "missing_rates",
+        "When clips lack a modality",
+        f"{about} A share of the clips lacks it, the others have everything; mean of {found.draws} draws.",
+        partial(robustness_figures.missing_rates, found.missing_rate, floor),
+    )
+    yield Plot(
+        "patterns",
+        "What is there",
+        f"{about} No clip has more than what is named. Where text is not, the model imagines it from the audio.",
+        partial(robustness_figures.patterns, found.patterns, floor),
+    )
+    clean = {"complete": found.patterns["audio+text+vision"].mae, "missing": found.patterns["audio+vision"].mae}
+    yield Plot(
+        "noise",
+        "When a modality is noisy",
+        f"{about} Gaussian noise of each clip's own root mean square, in place of some steps, or on top of all. In the "
+        "missing flow, noise in text is noise in the imagined text.",
+        partial(robustness_figures.noise, found.noise, clean, floor),
+    )
+    if found.values:
+        yield Plot(
+            "values",
+            "What the refinement thinks of each modality",
+            f"{about} Means over clips, complete flow: values in (0, 1), and the gate, which is 1 where it is neutral.",
+            partial(robustness_figures.values, found.values, MODALITIES),
+        )
 
 
 def _plots_plan(run: Run) -> Iterator[Plot]:

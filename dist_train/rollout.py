@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from dist_train.missing import TEXT
 from dist_train.packed import TextStates, Tokens
 from sharding.collectives import any_rank, gather_objects
 
@@ -190,7 +191,7 @@ class RolloutCache:
 
     def store(self, batch: Any) -> None:
         """Keeps the answers that the model gave to the clips of a batch (`remember` put them there)."""
-        rows = (batch["audio_present"] & batch["real"]).tolist()
+        rows = (batch["audio_present"] & batch["real"] & batch["dropped"][:, TEXT]).tolist()
         for index, real, ids, mask in zip(
             batch["index"].tolist(), rows, batch["answer"].tolist(), batch["answer_mask"].tolist(), strict=True
         ):

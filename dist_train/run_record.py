@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from dist_train.robustness_record import Robustness
 from sharding.errors import UserError
 from sharding.files import MOST_JSON, MOST_YAML, read_bounded
 from sharding.plain_yaml import MOST_DEPTH, check_yaml
@@ -58,6 +60,7 @@ class Run:
     evals: list[dict[str, Any]] = field(default_factory=list)
     predictions: Predictions | None = None
     representations: Representations | None = None
+    robustness: Robustness | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -95,6 +98,7 @@ def read_run(path: Path) -> Run:
     for split in SPLITS:
         run.predictions = run.predictions or _read_predictions(run, split)
         run.representations = run.representations or _read_representations(run, split)
+        run.robustness = run.robustness or _read_robustness(run, split)
     if not (path / "summary.json").is_file():
         run.problems.insert(
             0, "No summary.json: this run was interrupted or is still training. Shown is what it wrote."
@@ -177,6 +181,16 @@ def _read_representations(run: Run, split: str) -> Representations | None:
     if not good.all():
         run.problems.append(f"{path.name}: {int((~good).sum())} of {len(good)} clips are not finite and left out.")
     return Representations(split, complete[good], missing[good], label[good]) if good.any() else None
+
+
+def _read_robustness(run: Run, split: str) -> Robustness | None:
+    name = f"robustness_{split}.json"
+    content = _mapping(run, name, json.loads)
+    try:
+        return Robustness.model_validate(content) if content else None
+    except ValidationError:
+        run.problems.append(f"{name} is damaged and was left out.")
+        return None
 
 
 def _mapping(run: Run, name: str, parse: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from dist_train.build import to_device
 from dist_train.diagnose import non_finite_gradient, non_finite_loss
 from dist_train.global_loss import GlobalLoss, Packed, global_loss, pack
 from dist_train.losses import LossSettings
+from dist_train.missing import Missing, drop
 from dist_train.phases import phase
 from dist_train.rollout import RolloutCache, remember
 from sharding.agreement import Agreement
@@ -66,6 +67,7 @@ class Stepper:
         agreement: whether the ranks run the same.
         census: whether every trainable learns.
         rollouts: answers kept over epochs (rollout `cached`).
+        missing: what the missing flow lacks; of `random`, another modality in each epoch.
     """
 
     def __init__(
@@ -79,9 +81,10 @@ class Stepper:
         agreement: Agreement,
         census: Census,
         rollouts: RolloutCache | None = None,
+        missing: Missing = "text",
     ) -> None:
         self.engine, self.settings, self.exact, self.keys, self.seed = engine, settings, exact, keys, seed
-        self.agreement, self.census, self.rollouts = agreement, census, rollouts
+        self.agreement, self.census, self.rollouts, self.missing = agreement, census, rollouts, missing
         self.step = self.epoch = 0
 
     def run(
@@ -131,6 +134,7 @@ class Stepper:
         batch = next_batch()
         result.audio_positions += batch["audio_mask"].numel()
         result.padded_positions += int((~batch["audio_mask"]).sum())
+        drop(batch, self.missing, self.seed, self.epoch)
         if self.rollouts is not None:
             self.rollouts.fill(batch, self.epoch)
         return to_device(batch, device())

@@ -45,11 +45,17 @@ def write_page(directory: Path, rows: Sequence[Row], varied: Sequence[str]) -> l
             rows=[shown_row(directory, row, varied, split or "test") for row in rows],
             varied=varied,
             split=split or "test",
+            published=any(is_published(row) for row in rows),
             image="data:image/png;base64," + base64.b64encode(png).decode() if png else "",
         ),
         encoding="utf-8",
     )
     return [image, page] if png else [page]
+
+
+def is_published(row: Row) -> bool:
+    """Whether the literature has a number for this point."""
+    return any(row.get(f"published.{flow}.mae") is not None for flow in FLOWS)
 
 
 def has_score(row: Row, split: str) -> bool:
@@ -58,12 +64,13 @@ def has_score(row: Row, split: str) -> bool:
 
 
 def settings_of(rows: Sequence[Row], varied: Sequence[str], split: str) -> list[tuple[dict[str, Any], list[Row]]]:
-    """Scored points that differ in their seed alone, together; in order."""
+    """Scored points that differ in their seed alone, together; in order. Points that were given names go by these."""
     found: dict[str, tuple[dict[str, Any], list[Row]]] = {}
     keys = [key for key in varied if key != "seed"]
     for row in rows:
         if has_score(row, split):
-            values = {key: row[key] for key in keys}
+            named = all(one.get("setting") for one in rows)
+            values = {"setting": row["setting"]} if named else {key: row[key] for key in keys}
             world = {"ranks": row["world_size"]} if len({one.get("world_size") for one in rows}) > 1 else {}
             found.setdefault(repr((values, world)), ({**values, **world}, []))[1].append(row)
     return list(found.values())
@@ -113,8 +120,15 @@ def dots(settings: Sequence[tuple[dict[str, Any], list[Row]]], split: str) -> Fi
     if len(settings) > MOST_SHOWN:
         best = sorted(settings, key=lambda setting: np.mean([errors_of(setting[1], split, flow) for flow in FLOWS]))
         settings = [setting for setting in settings if any(setting is one for one in best[:MOST_SHOWN])]
+    published = any(is_published(row) for _, points in settings for row in points)
     figure = Figure(figsize=(WIDTH + 1, 1.2 + 0.3 * len(settings)))
-    axes = figure.add_subplot()
+    axes, *others = figure.subplots(1, 1 + published, sharey=True, squeeze=False)[0]
+    for beside in others:  # other data, so an axis of its own
+        for flow in FLOWS:
+            told = [points[0].get(f"published.{flow}.mae") for _, points in settings]
+            found = [(value, line) for line, value in enumerate(told) if value is not None]
+            beside.plot(*zip(*found, strict=True), "D", color=FLOW_COLOURS[flow], fillstyle="none", markersize=5)
+        beside.set_xlabel("MAE as published")
     for flow, shift in zip(FLOWS, (-0.14, 0.14), strict=True):
         for line, (_, points) in enumerate(settings):
             values = errors_of(points, split, flow)
@@ -122,7 +136,12 @@ def dots(settings: Sequence[tuple[dict[str, Any], list[Row]]], split: str) -> Fi
             axes.plot(np.mean(values), line + shift, "|", color=FLOW_COLOURS[flow], markersize=9)
         axes.plot([], [], "o", color=FLOW_COLOURS[flow], label=FLOW_NAMES[flow])
     floor(axes, settings, split, vertical=True)
-    names = [", ".join(f"{key.rpartition('.')[2]} {shown(value)}" for key, value in one.items()) for one, _ in settings]
+    names = [
+        ", ".join(
+            str(value) if key == "setting" else f"{key.rpartition('.')[2]} {shown(value)}" for key, value in one.items()
+        )
+        for one, _ in settings
+    ]
     axes.set_yticks(range(len(settings)), [label(name or "all points") for name in names])
     axes.set_ylim(len(settings) - 0.4, -0.6)
     axes.set_xlabel(f"MAE, {split} split")
@@ -164,6 +183,7 @@ def shown_row(directory: Path, row: Row, varied: Sequence[str], split: str) -> d
         "values": [shown(row[key]) for key in varied],
         "state": row["state"],
         "reason": row["reason"] or "",
+        "published": [shown(row.get(f"published.{flow}.mae")) for flow in FLOWS],
         "scores": ["–" if score is None else f"{score:.3f}".replace("-", "−") for score in scores],
         "steps": shown(row["steps"]),
         "pace": shown(row["clips_per_second"]),

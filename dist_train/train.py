@@ -128,6 +128,7 @@ class Trainer:
                 self.engine.module, steps=started + CENSUS_STEPS, excused=idle_parts(recipe, self.train_split)
             ),
             rollouts=self.rollouts,
+            missing=recipe.missing,
         )
 
     def plan(self, epoch: int) -> EpochPlan:

@@ -9,11 +9,20 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+)
 from yaml import YAMLError
 
 from dist_train.recipe_file import read
@@ -36,6 +45,8 @@ class ListedPoint(BaseModel):
     nodes: Annotated[str, AfterValidator(node_range)] | None = None
     ranks: PositiveInt | None = None
     """Of each node, each with a GPU where the launch has GPUs."""
+    published: dict[Literal["complete", "missing"], FiniteFloat] = Field(default_factory=dict)
+    """MAE of each flow in the literature, shown beside what is found."""
 
 
 class GridFile(BaseModel):
@@ -58,6 +69,8 @@ class Point(BaseModel):
     Attributes:
         overrides: all of them, in the order in which they are applied.
         values: what this point sets by itself, by key of the recipe, as text.
+        setting: the name it was given, which points that differ in their seed alone share.
+        published: see `ListedPoint`.
         nodes, ranks: what it asks for; None: what the launch settings say.
     """
 
@@ -66,6 +79,8 @@ class Point(BaseModel):
     values: dict[str, str]
     nodes: str | None = None
     ranks: int | None = None
+    setting: str | None = None
+    published: dict[str, float] = Field(default_factory=dict)
 
     def settings(self, base: LaunchSettings) -> LaunchSettings:
         """How it is launched."""
@@ -152,6 +167,8 @@ def expand(grid: GridFile, overrides: Sequence[str]) -> Iterator[Point]:
                 values={key_of(text): value_of(text) for text in added},
                 nodes=point.nodes,
                 ranks=point.ranks,
+                setting=point.name,
+                published=dict(point.published),
             )
 
 

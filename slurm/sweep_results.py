@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from dist_train.resume import flat
-from dist_train.run_record import number
+from dist_train.run_record import FLOWS, number
 from dist_train.sweep_page import write_page
 from dist_train.tables import NAMES
 from sharding.errors import UserError
@@ -31,7 +31,7 @@ SCORES = [
 ]
 SPEED = ("clips_per_second", "step_seconds", "tokens_per_second", "mfu", "data_share", "padding_share")
 FIXED = {
-    **dict.fromkeys(("point", "overrides"), TEXT),
+    **dict.fromkeys(("point", "setting", "overrides"), TEXT),
     "seed": WHOLE,
     "state": TEXT,
     "reason": TEXT,
@@ -39,6 +39,7 @@ FIXED = {
     **dict.fromkeys(SCORES, NUMBER),
     "test.transcription.nats_per_token": NUMBER,
     "valid.transcription.nats_per_token": NUMBER,
+    **dict.fromkeys((f"published.{flow}.mae" for flow in FLOWS), NUMBER),
     **dict.fromkeys(SPEED, NUMBER),
     "seconds": NUMBER,
     **dict.fromkeys(("world_size", "zero_stage", "restarts"), WHOLE),
@@ -79,6 +80,8 @@ def row_of(record: SweepRecord, one: Seen, keys: Sequence[str]) -> dict[str, Any
     row |= {name: typed(measured[name], kind) for name, kind in FIXED.items() if name in measured}
     row |= {
         "point": one.point.name,
+        "setting": one.point.setting,
+        **{f"published.{flow}.mae": value for flow, value in one.point.published.items()},
         "overrides": shlex.join(one.point.overrides),
         "seed": typed(recipe.get("seed"), WHOLE),
         "state": one.state,

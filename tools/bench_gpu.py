@@ -36,6 +36,7 @@ from rich.table import Table
 from dist_train.batch import Batch, pad
 from dist_train.build import build_model, build_training
 from dist_train.flops import flop_rates, matrix_rate
+from dist_train.missing import draw_dropped
 from dist_train.model import DoubleFlow
 from dist_train.phases import Phases, measured
 from dist_train.plan import Planner, here
@@ -118,6 +119,7 @@ def random_batch(
         label=torch.from_numpy(draw.uniform(-3, 3, len(clips)).astype(np.float32)),
         real=torch.ones(len(clips), dtype=torch.bool),
         index=torch.arange(len(clips)),
+        dropped=draw_dropped(recipe.missing, torch.ones(len(clips), 3), range(len(clips)), 0, 0),
         set_aside=[],
     )  # fmt: skip
     if recipe.simulation.rollout == "cached":

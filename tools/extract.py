@@ -212,9 +212,9 @@ class Extractor:
         Raises:
             UserError: a value that is not finite, or not in the stored type.
         """
-        heard, texts = self.model.streams(to_device(batch, device()))
-        simulated = texts.simulated if self.recipe.simulation.imagines else None
-        streams = zip(self.passed, (heard, texts.real, simulated), ("audio", "text", "audio"), strict=True)
+        whole, simulated, _ = self.model.streams(to_device(batch, device()))
+        imagined = simulated if self.recipe.simulation.imagines else None
+        streams = zip(self.passed, (whole.audio, whole.text, imagined), ("audio", "text", "audio"), strict=True)
         found = {
             name: None if states is None else rows_of(states, batch[f"{kind}_present"])
             for name, states, kind in streams

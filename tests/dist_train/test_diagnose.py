@@ -27,8 +27,14 @@ def flow(rows: int = ROWS) -> FlowOutput:
 
 
 def batch() -> Any:
-    values = {"label": torch.randn(ROWS), "text_present": torch.tensor([True, True, False, True, True])}
+    values = {"label": torch.randn(ROWS), **modalities(torch.tensor([True, True, False, True, True]))}
     return {**values, "real": torch.tensor(REAL), "index": torch.tensor(INDEX)}
+
+
+def modalities(text: Tensor) -> dict[str, Tensor]:
+    """Of clips that have audio and vision, and lose their text."""
+    present = {"audio_present": torch.ones_like(text), "text_present": text, "vision_present": torch.ones_like(text)}
+    return {**present, "dropped": torch.tensor([[False, True, False]] * len(text))}
 
 
 def finite(result: GlobalLoss) -> bool:
@@ -38,8 +44,8 @@ def finite(result: GlobalLoss) -> bool:
 CASES = [
     ("complete", "prediction", ["mse_complete"]),
     ("missing", "prediction", ["mse_missing"]),
-    ("missing", "text_query", ["mkd1"]),
-    ("complete", "text_views", ["mkd2"]),
+    ("missing", "query", ["mkd1"]),
+    ("complete", "views", ["mkd2"]),
     ("missing", "representation", ["rs"]),
     ("complete", "rnc", ["rnc"]),
 ]
@@ -73,7 +79,7 @@ def test_where_no_clip_stands_out_all_are_named_up_to_eight() -> None:
     keys = [f"k{i}" for i in range(rows)]
     made: Any = {
         "label": torch.zeros(rows),
-        "text_present": torch.ones(rows),
+        **modalities(torch.ones(rows, dtype=torch.bool)),
         "real": torch.ones(rows, dtype=torch.bool),
     }
     made["index"] = torch.arange(rows)
@@ -96,14 +102,14 @@ def test_a_gradient_that_alone_is_not_finite_names_term_and_clips(monkeypatch: p
     """MKD-1 without its epsilon, one root per clip: at equality its value is 0 and its gradient NaN."""
 
     def losses(complete: FlowOutput, missing: FlowOutput, labels: Tensor, *_: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        distance = (missing.text_query - complete.text_query.detach()).square().sum(1).sqrt()
+        distance = (missing.query - complete.query.detach()).square().sum(1).sqrt()
         terms = {"mse_missing": (missing.prediction - labels).square().mean(), "mkd1": distance.mean()}
         return terms["mse_missing"] + terms["mkd1"], terms
 
     monkeypatch.setattr(diagnose, "double_flow_loss", losses)
     flows = Flows(flow(), flow(), torch.tensor(11), torch.tensor(22))
     for row in (2, 4):
-        flows.missing.text_query[row] = flows.complete.text_query[row]
+        flows.missing.query[row] = flows.complete.query[row]
     made = batch()
     result = global_loss([pack(flows, made)], SETTINGS)
     assert finite(result)

@@ -117,8 +117,8 @@ def test_terms_by_definition() -> None:
     expected = {
         "mse_complete": ((complete.prediction - labels) ** 2).mean().item(),
         "mse_missing": ((missing.prediction - labels) ** 2).mean().item(),
-        "mkd1": rmse(missing.text_query, complete.text_query),
-        "mkd2": rmse(missing.text_views, complete.text_views),
+        "mkd1": rmse(missing.query, complete.query),
+        "mkd2": rmse(missing.views, complete.views),
         "rs": rmse(missing.representation, complete.representation),
         "rnc": rnc_by_definition(torch.cat((complete.rnc, missing.rnc)), torch.cat((labels, labels)), 2.0).item(),
     }
@@ -130,7 +130,7 @@ def test_terms_by_definition() -> None:
 def test_distillation_reaches_the_missing_flow_only() -> None:
     complete, missing = flow(4), flow(4)
     _, terms = double_flow_loss(complete, missing, torch.randn(4), torch.ones(4, dtype=torch.bool), LossSettings())
-    for name, field in (("mkd1", "text_query"), ("mkd2", "text_views")):
+    for name, field in (("mkd1", "query"), ("mkd2", "views")):
         left, right = getattr(complete, field), getattr(missing, field)
         gradients = torch.autograd.grad(terms[name], (left, right), allow_unused=True, retain_graph=True)
         assert gradients[0] is None and gradients[1].any()
@@ -143,7 +143,7 @@ def test_no_teacher_at_all() -> None:
     loss, terms = double_flow_loss(complete, missing, torch.randn(3), torch.zeros(3, dtype=torch.bool), LossSettings())
     assert [terms[name].item() for name in ("mkd1", "mkd2", "rs")] == [0, 0, 0]
     loss.backward()
-    for x in (missing.text_query, missing.text_views, missing.representation, complete.representation):
+    for x in (missing.query, missing.views, missing.representation, complete.representation):
         assert x.grad is not None and not x.grad.any()
 
 
@@ -152,7 +152,7 @@ def test_a_clip_without_teacher_is_not_distilled() -> None:
     teacher = torch.tensor([True, True, False, True])
     loss, _ = double_flow_loss(complete, missing, torch.randn(4), teacher, LossSettings())
     query, views, prediction, rnc = torch.autograd.grad(
-        loss, (missing.text_query, missing.text_views, missing.prediction, missing.rnc)
+        loss, (missing.query, missing.views, missing.prediction, missing.rnc)
     )
     assert not query[~teacher].any() and query[teacher].any()
     assert not views[~teacher].any() and views[teacher].any()

@@ -147,8 +147,7 @@ def test_imagination_acts_in_the_missing_flow_alone(tokenizer: PreTrainedTokeniz
     batch = collate(clips(made, RAGGED))
     before = model(batch)
     for module in (model.fusion.pooled_imagination, model.fusion.views_imagination):
-        assert module is not None
-        torch.nn.init.normal_(module.decoder.bias)
+        torch.nn.init.normal_(module.get_parameter("text.decoder.bias"))
     after = model(batch)
     assert torch.equal(before.complete.prediction, after.complete.prediction)
     assert not torch.allclose(before.missing.prediction, after.missing.prediction)
@@ -306,7 +305,7 @@ def test_answers_at_hand_are_not_decoded_again(tokenizer: PreTrainedTokenizerBas
     with pytest.raises(AssertionError, match="decoded"):
         model(batch)
     batch["answer_mask"][1, 0] = True  # another answer
-    assert not torch.allclose(first.missing.text_views[1], model(batch).missing.text_views[1])
+    assert not torch.allclose(first.missing.views[1], model(batch).missing.views[1])
 
 
 def test_wavlm_runs_once_per_step_for_both_flows(tokenizer: PreTrainedTokenizerBase, world_of_one: None) -> None:
@@ -334,7 +333,7 @@ def test_a_clip_without_audio_has_one_zero_position_of_imagined_text(tokenizer: 
 def imagined(model: DoubleFlow, batch: Batch) -> TextStates:
     """The simulated text that reaches the fusion network."""
     seen: list[TextStates] = []
-    hook = model.fusion.register_forward_pre_hook(lambda _, args: seen.append(TextStates(*args[4:6])))
+    hook = model.fusion.register_forward_pre_hook(lambda _, args: seen.append(args[1].text))
     model(batch)
     hook.remove()
     return seen[0]

@@ -178,7 +178,8 @@ def test_only_what_is_wanted_and_unknown_is_decoded(rows: list[tuple[bool, list[
 
 def batch(indices: list[int], **changes: Any) -> dict[str, Any]:
     flags = torch.ones(len(indices), dtype=torch.bool)
-    return {"index": torch.tensor(indices), "real": flags, "audio_present": flags, **changes}
+    dropped = torch.tensor([[False, True, False]] * len(indices))
+    return {"index": torch.tensor(indices), "real": flags, "audio_present": flags, "dropped": dropped, **changes}
 
 
 def known(cache: RolloutCache, indices: list[int], epoch: int) -> list[list[int]]:
@@ -218,12 +219,13 @@ def test_answers_of_another_generation_cannot_be_read() -> None:
 
 
 @pytest.mark.usefixtures("world_of_one")
-def test_fillers_and_clips_without_audio_are_not_kept() -> None:
+def test_fillers_and_clips_that_were_not_asked_are_not_kept() -> None:
     cache = RolloutCache("data", 2)
     cache.begin_epoch(0)
     say(cache, {1: [3], 2: [4], 3: [5]}, real=torch.tensor([True, False, True]))
     say(cache, {4: [6], 5: [7]}, audio_present=torch.tensor([True, False]))
-    assert known(cache, [1, 2, 3, 4, 5], 0) == [[3], [], [5], [6], []]
+    say(cache, {6: [8], 7: [9]}, dropped=torch.tensor([[True, False, False], [False, True, False]]))
+    assert known(cache, [1, 2, 3, 4, 5, 6, 7], 0) == [[3], [], [5], [6], [], [], [9]]
 
 
 @pytest.mark.usefixtures("world_of_one")

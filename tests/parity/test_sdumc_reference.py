@@ -12,6 +12,8 @@ from torch import Tensor
 from dist_train.fusion import FlowOutput, FusionNetwork, FusionSettings, FusionWidths
 from dist_train.imagination import ImaginationSettings, Skip
 from dist_train.losses import LossSettings, double_flow_loss
+from dist_train.missing import Streams
+from dist_train.packed import TextStates
 from tools.convert.sdumc import FUSION, UNUSED, our_name
 
 REFERENCE = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "sdumc_reference.safetensors"
@@ -20,6 +22,10 @@ SKIPS: list[Skip] = ["text", "transition"]
 
 def full(x: Tensor) -> Tensor:
     return torch.ones(x.shape[:2], dtype=torch.bool)
+
+
+def without_text(clips: int) -> Tensor:
+    return torch.tensor([[False, True, False]] * clips)
 
 
 @pytest.mark.skipif(not REFERENCE.exists(), reason="no reference values of the official code beside the checkout")
@@ -36,11 +42,13 @@ def test_equals_the_official_code(skip: Skip) -> None:
     )
 
     real, simulated = reference["in.text"], reference["in.simulated"]
-    inputs = [x for sequence in (audio, real, simulated, vision) for x in (sequence, full(sequence))]
-    flows = dict(zip(("complete", "missing"), fusion(*inputs), strict=True))
+    heard, read, imagined, seen = (TextStates(x, full(x)) for x in (audio, real, simulated, vision))
+    found = fusion(Streams(heard, read, seen), Streams(heard, imagined, seen), without_text(len(labels)))
+    flows = {"complete": found.complete, "missing": found.missing}
     for name, flow in flows.items():
         for field, value in flow._asdict().items():
-            expected = reference[f"{skip}.out.{name}.{field}"].reshape(value.shape)
+            official = {"query": "text_query", "views": "text_views"}.get(field, field)
+            expected = reference[f"{skip}.out.{name}.{official}"].reshape(value.shape)
             assert torch.allclose(value, expected, rtol=0, atol=1e-5), f"{name} {field}"
     teacher = torch.ones(len(labels), dtype=torch.bool)
     _, terms = double_flow_loss(flows["complete"], flows["missing"], labels, teacher, LossSettings())
@@ -79,7 +87,7 @@ def fusion_by_the_book(w: dict[str, Tensor], clip: list[Tensor], skip: Skip, *, 
         name = f"pooled_attention.{m}"
         vectors.append(mlp(f"{name}.mlp", pool(name, steps[m], w[f"{name}.query"][0]), 2))
     if missing:  # 3
-        vectors[1] = imagine("pooled_imagination", *vectors)
+        vectors[1] = imagine("pooled_imagination.text", *vectors)
     a, t, v = vectors
     # 4, 5: gate and views.
     g = linear("modality_gate.weights", mlp("modality_gate.mlp", torch.cat(vectors), 2))
@@ -94,7 +102,7 @@ def fusion_by_the_book(w: dict[str, Tensor], clip: list[Tensor], skip: Skip, *, 
             name = f"view_attention.{m}"
             per_modality.append(mlp(f"{name}.mlp", pool(name, steps[m], linear(f"{name}.query", view)), 2))
         if missing:
-            per_modality[1] = imagine("views_imagination", *per_modality)
+            per_modality[1] = imagine("views_imagination.text", *per_modality)
         seen.append(per_modality)
     # 8: the first gate's weights again, then the second gate.
     fused = [g[0] * s[0] + g[1] * s[1] + g[2] * s[2] for s in seen]
@@ -121,9 +129,10 @@ def test_equals_the_method_written_out(skip: Skip, missing: bool) -> None:
     ]
     inputs = []
     for sequences in zip(*chosen, strict=True):
-        inputs.append(torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True))
-        inputs.append(torch.arange(inputs[-1].shape[1]) < torch.tensor([len(x) for x in sequences])[:, None])
-    outputs = fusion(*inputs[:4], *inputs[2:])[missing]
+        padded = torch.nn.utils.rnn.pad_sequence(list(sequences), batch_first=True)
+        mask = torch.arange(padded.shape[1]) < torch.tensor([len(x) for x in sequences])[:, None]
+        inputs.append(TextStates(padded, mask))
+    outputs = fusion(Streams(*inputs), Streams(*inputs), without_text(len(chosen)))[missing]
     for row, clip in enumerate(chosen):
         expected = fusion_by_the_book(fusion.state_dict(), clip, skip, missing=missing)
         for field, value in expected._asdict().items():

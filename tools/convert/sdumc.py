@@ -57,9 +57,9 @@ def name_map() -> dict[str, str]:
     names |= {f"cross_{official}_query_mlp.": f"views.{ours}." for official, ours in OFFICIAL_VIEWS.items()}
     for official, ours in {"text": "pooled", "cross_text_query": "views"}.items():
         names |= {
-            f"missing_{official}_imagination_mlp.transition.": f"{ours}_imagination.transition.",
-            f"missing_{official}_imagination_mlp.encoder_0.0.": f"{ours}_imagination.encoder.",
-            f"missing_{official}_imagination_mlp.decoder_0.0.": f"{ours}_imagination.decoder.",
+            f"missing_{official}_imagination_mlp.transition.": f"{ours}_imagination.text.transition.",
+            f"missing_{official}_imagination_mlp.encoder_0.0.": f"{ours}_imagination.text.encoder.",
+            f"missing_{official}_imagination_mlp.decoder_0.0.": f"{ours}_imagination.text.decoder.",
         }
     return names
 

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dist_train.imagination import Skip
+from dist_train.missing import Streams
+from dist_train.packed import TextStates
 from tests.tools.convert.fixtures import Convert
 from tests.tools.convert.official_sdumc import Holder, Official
 from tests.tools.convert.runs import Made, MakeRun, filled
@@ -37,9 +39,10 @@ def ours(fusion: Any, chosen: list[list[Tensor]]) -> Tensor:
     """[2, clips] of both flows; the text stands for the simulated one too."""
     rows = [[x[None] for x in clip] for clip in chosen]
     found = []
-    for audio, text, vision in rows:
-        masked = [item for x in (audio, text, text, vision) for item in (x, torch.ones(x.shape[:2], dtype=torch.bool))]
-        found.append(torch.cat([flow.prediction for flow in fusion(*masked)]))
+    for row in rows:
+        streams = Streams(*(TextStates(x, torch.ones(x.shape[:2], dtype=torch.bool)) for x in row))
+        flows = fusion(streams, streams, torch.tensor([[False, True, False]]))
+        found.append(torch.cat([flow.prediction for flow in flows[:2]]))
     return torch.stack(found, 1)
 
 

@@ -1,0 +1,123 @@
+"""A comparison on the terminal, as JSON, and on one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jinja2
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from dist_train import figures
+from dist_train.compare import Comparison, FlowScore, Setting, compare
+from dist_train.figures import FLOW_COLOURS, FLOW_NAMES, INK, WIDTH
+from dist_train.run_record import FLOWS
+from dist_train.scaling_page import replace
+from sharding.errors import UserError
+
+NONE = "–"
+MOST_CHANGES = 4
+AGAINST = "against the first"
+COLUMNS = ("setting", "runs", "complete MAE", AGAINST, "missing MAE", AGAINST, "floor", "changes")
+
+
+def write_comparison(directories: Sequence[Path], output: Path | None) -> tuple[Comparison, Path]:
+    """Writes comparison.html, .json and .png; returns what was found, and the page's path.
+
+    Args:
+        output: directory, made if need be. Default: the folder that holds all runs.
+
+    Raises:
+        UserError, UserErrors: runs that cannot be compared; a directory that cannot be written to.
+    """
+    found = compare(directories)
+    folder = output or Path(os.path.commonpath([path.resolve().parent for path in directories]))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        png = figures.render(partial(draw, found))
+        replace(folder / "comparison.png", png)
+        replace(folder / "comparison.json", found.model_dump_json(indent=1).encode())
+        page = folder / "comparison.html"
+        replace(page, html(found, png).encode())
+    except OSError as error:
+        raise UserError(str(folder), f"cannot be written ({error.strerror})", "Give another --output.") from None
+    return found, page
+
+
+def mae(score: FlowScore) -> str:
+    """Mean and deviation."""
+    return f"{score.mae:.3f}" + ("" if score.deviation is None else f" ± {score.deviation:.3f}")
+
+
+def change(score: FlowScore) -> str:
+    """Difference to the first setting, its interval, and p."""
+    if score.difference is None or score.interval is None or score.p is None:
+        return NONE
+    low, high = score.interval
+    p = "p < 0.001" if score.p < 1e-3 else f"p = {score.p:.3f}"
+    return f"{score.difference:+.3f} [{low:+.3f}, {high:+.3f}], {p}".replace("-", "−")
+
+
+def lines(found: Comparison) -> list[list[str]]:
+    """The table's cells."""
+    return [
+        [
+            one.name,
+            str(len(one.runs)),
+            *(text for flow in FLOWS for text in (mae(one.flows[flow]), change(one.flows[flow]))),
+            NONE if one.floor is None else f"{one.floor:.3f}",
+            changes(one),
+        ]
+        for one in found.settings
+    ]
+
+
+def changes(one: Setting) -> str:
+    """What the recipe has other than the first setting's."""
+    shown = [f"{key}={value}" for key, value in list(one.changes.items())[:MOST_CHANGES]]
+    more = len(one.changes) - len(shown)
+    return " ".join(shown) + (f" and {more} more" if more else "")
+
+
+def comparison_table(found: Comparison) -> Table:
+    """A line a setting."""
+    table = Table(title=f"{found.split} split; differences: 95 % interval, paired bootstrap over clips")
+    for number, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if number in (0, len(COLUMNS) - 1) else "right")
+    for line in lines(found):
+        table.add_row(*line)
+    return table
+
+
+def draw(found: Comparison) -> Figure:
+    """MAE of both flows of each setting: a dot a seed, a bar the mean."""
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.34 * len(found.settings)))
+    axes = figure.add_subplot()
+    for flow, shift in zip(FLOWS, (-0.14, 0.14), strict=True):
+        for line, one in enumerate(found.settings):
+            values = one.flows[flow].by_seed
+            axes.plot(values, [line + shift] * len(values), "o", color=FLOW_COLOURS[flow], alpha=0.55, markersize=4)
+            axes.plot(one.flows[flow].mae, line + shift, "|", color=FLOW_COLOURS[flow], markersize=10)
+        axes.plot([], [], "o", color=FLOW_COLOURS[flow], label=FLOW_NAMES[flow])
+    floors = {one.floor for one in found.settings}
+    if len(floors) == 1 and (floor := floors.pop()) is not None:
+        axes.axvline(floor, color=INK, linestyle="--", linewidth=1, label="floor")
+    axes.set_yticks(range(len(found.settings)), [one.name.replace("$", r"\$")[:40] for one in found.settings])
+    axes.set_ylim(len(found.settings) - 0.4, -0.6)
+    axes.set_xlabel(f"MAE, {found.split} split")
+    figure.legend(loc="outside upper right", ncols=3)
+    return figure
+
+
+def html(found: Comparison, png: bytes) -> str:
+    """The page."""
+    loader = jinja2.PackageLoader("dist_train", "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    image = "data:image/png;base64," + base64.b64encode(png).decode()
+    return environment.get_template("comparison.html.j2").render(
+        found=found, columns=COLUMNS, lines=lines(found), image=image
+    )
