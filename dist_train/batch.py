@@ -18,6 +18,7 @@ from dist_train.llm import TextSettings
 from dist_train.missing import Missing, drop
 from dist_train.tokenizer import start_id
 from sharding.errors import UserError
+from sharding.shards import Features
 from sharding.shuffle import Window
 
 
@@ -81,6 +82,12 @@ class DataSettings(BaseModel):
         description="Instead of `data.path`: several directories of shards, mixed by weight, e.g. "
         "[{path: data/a, weight: 2}, {path: data/b}]. Validation and test take every clip of all of them once, "
         "unweighted.",
+    )
+    features: Features | None = Field(
+        None,
+        description="What extracted features must have been made with, e.g. {simulation: {rollout: generate}}; any "
+        "entries of `features` in dataset.json. Filled in when a run starts, so that its checkpoints meet no other "
+        "features. Default: whatever they were made with.",
     )
     shuffle: Literal["global", "windowed"] = Field(
         "global",
@@ -162,6 +169,9 @@ class Batch(TypedDict):
     index: Tensor  # [B] position in the key-sorted split
     dropped: Tensor  # [B, 3], what the missing flow does without: audio, text, vision
     set_aside: list[str]  # why clips of this batch do not count
+    simulated: NotRequired[Tensor]  # [B, N, D] features of the imagined text (rollout `features`)
+    simulated_mask: NotRequired[Tensor]
+    simulated_present: NotRequired[Tensor]
     answer: NotRequired[Tensor]  # [B, N] token ids the language model has said to a clip (rollout.remember)
     answer_mask: NotRequired[Tensor]  # nothing where it has not been asked yet
 
@@ -170,9 +180,11 @@ class Collator:
     """Pads samples to a Batch and tokenises transcripts, in the data loading process.
 
     Args:
+        tokenizer: None where no transcript is read.
         minimum_audio: shortest audio in samples (or frames); shorter ones are padded with silence to it.
         missing, seed: what the missing flow lacks; drawn as in epoch 0, also where clips are evaluated.
         widths: feature width of each modality, by name.
+        simulated: whether the imagined text comes as features.
 
     Raises:
         UserError: a clip longer than `audio.max_seconds` or `text.max_tokens`, unless bad samples are set aside.
@@ -180,20 +192,21 @@ class Collator:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
         data: DataSettings,
         audio: AudioSettings,
         text: TextSettings,
         *,
         minimum_audio: int,
         widths: dict[str, int],
+        simulated: bool = False,
         missing: Missing = "text",
         seed: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
         self.data, self.audio, self.text = data, audio, text
         self.minimum_audio = minimum_audio
-        self.widths = widths
+        self.widths, self.simulated = widths, simulated
         self.missing, self.seed = missing, seed
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> Batch:
@@ -201,6 +214,7 @@ class Collator:
         real = [bool(sample["real"]) for sample in samples]
         audio: list[np.ndarray | None] = []
         text: list[np.ndarray | None] = []
+        simulated: list[np.ndarray | None] = []
         for row, sample in enumerate(samples):
             tokens, problem = self.tokens(sample), None
             if sample["audio"] is not None and self.audio.input == "waveform":
@@ -227,10 +241,12 @@ class Collator:
                 real[row] = False
             audio.append(None if problem else sample["audio"])
             text.append(None if problem else tokens)
+            simulated.append(sample["simulated"] if self.simulated and not problem else None)
         audio_width = None if self.audio.input == "waveform" else self.widths["audio"]
         text_width = None if self.text.input == "transcript" else self.widths["text"]
         a, am, ap = pad(audio, audio_width, self.minimum_audio)
-        t, tm, tp = pad(text, text_width, 1, fill=start_id(self.tokenizer) if text_width is None else 0)
+        bos = 0 if self.tokenizer is None else start_id(self.tokenizer)
+        t, tm, tp = pad(text, text_width, 1, fill=bos if text_width is None else 0)
         v, vm, vp = pad([sample["vision"] for sample in samples], self.widths["vision"], 1)
         made = Batch(
             audio=a, audio_mask=am, audio_present=ap,
@@ -242,6 +258,9 @@ class Collator:
             dropped=torch.empty(0),
             set_aside=[f"{sample['key']}: {sample['set_aside']}" for sample in samples if sample.get("set_aside")],
         )  # fmt: skip
+        if self.simulated:
+            s, sm, sp = pad(simulated, self.widths["simulated"], 1)
+            made |= {"simulated": s, "simulated_mask": sm, "simulated_present": sp}
         drop(made, self.missing, self.seed, epoch=0)
         return made
 
@@ -251,6 +270,7 @@ class Collator:
             return sample["text_features"]
         if sample["text"] is None:
             return None
+        assert self.tokenizer is not None
         ids = self.tokenizer(sample["text"], add_special_tokens=False, verbose=False).input_ids
         return np.asarray([start_id(self.tokenizer), *ids])
 

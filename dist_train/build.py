@@ -12,18 +12,19 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_train.adapters import cast_projections
 from dist_train.batch import Collator, DataSettings
+from dist_train.features import differences, pinned
 from dist_train.llm import load_tokenizer
 from dist_train.model import DoubleFlow
 from dist_train.optimizer import build_optimizer
 from dist_train.recipe import Recipe, Widths
 from dist_train.tokenizer import train_tokenizer
 from sharding.budget import Cost
-from sharding.errors import UserError
+from sharding.errors import UserError, UserErrors
 from sharding.mix import MixedSplit, Part, mix_info
 from sharding.order import EpochPlan
-from sharding.shards import Dims, load_info
+from sharding.shards import load_info
 from sharding.shuffle import Source
-from sharding.stream import ShardedSplit
+from sharding.stream import Contents, ShardedSplit
 from sharding.zero import build_engine
 
 
@@ -33,7 +34,9 @@ def fit_to_dataset(recipe: Recipe) -> Recipe:
     Raises:
         UserError: a stream the recipe reads is not in the dataset at all.
     """
-    dims = dims_of(recipe.data)
+    contents = contents_of(recipe.data)
+    check_features(recipe.data, contents)
+    dims = contents.dims
     wants_waveform = recipe.audio.input == "waveform"
     if dims.audio is not None and (dims.audio == "waveform") != wants_waveform:
         has = "waveforms" if dims.audio == "waveform" else "audio features"
@@ -44,10 +47,35 @@ def fit_to_dataset(recipe: Recipe) -> Recipe:
         )
     if recipe.text.input == "features" and dims.text is None:
         raise UserError("text.input", f"is features, but {recipe.data.name} has none", "Write text.input: transcript.")
+    if recipe.simulation.rollout == "features" and dims.simulated is None:
+        problem = f"is features, but {recipe.data.name} has no simulated text"
+        raise UserError("simulation.rollout", problem, "Make it with `dist-train extract`, or write another rollout.")
+    if recipe.simulation.rollout == "features" and dims.simulated != dims.text:
+        problem = f"is features, but {recipe.data.name} has it of width {dims.simulated}, real text of {dims.text}"
+        raise UserError("simulation.rollout", problem, "Both enter the same layer: take them from one model.")
     widths = Widths(
-        audio=dims.audio if isinstance(dims.audio, int) else 1, text=dims.text or 1, vision=dims.vision or 1
+        audio=dims.audio if isinstance(dims.audio, int) else 1,
+        text=dims.text or 1,
+        simulated=dims.simulated or 1,
+        vision=dims.vision or 1,
     )
-    return recipe.model_copy(update={"widths": widths})
+    changes: dict[str, Any] = {"widths": widths}
+    if contents.features is not None:
+        changes["data"] = recipe.data.model_copy(update={"features": pinned(contents.features)})
+    return recipe.model_copy(update=changes)
+
+
+def check_features(data: DataSettings, contents: Contents) -> None:
+    """Refuses features that were made in another way than the recipe asks for.
+
+    Raises:
+        UserErrors: each entry that differs.
+    """
+    if data.features is not None:
+        remedy = "Extract them anew (`dist-train extract`), or train a new run on these."
+        wrong = differences(data.features, contents.features, "data.features", data.name, remedy)
+        if wrong:
+            raise UserErrors(wrong)
 
 
 def parts_of(data: DataSettings) -> list[Part]:
@@ -55,21 +83,28 @@ def parts_of(data: DataSettings) -> list[Part]:
     return sorted(Part(source.called, Path(source.path), source.weight) for source in data.sources or ())
 
 
-def dims_of(data: DataSettings) -> Dims:
-    """Feature widths of the recipe's dataset or datasets.
+def contents_of(data: DataSettings) -> Contents:
+    """What dataset.json tells of the recipe's dataset or datasets.
 
     Raises:
         UserError, UserErrors: one cannot be opened, or they do not fit together.
     """
-    return load_info(Path(data.path)).dims if data.path is not None else mix_info(parts_of(data)).dims
+    return load_info(Path(data.path)) if data.path is not None else mix_info(parts_of(data))
 
 
 def open_split(recipe: Recipe, name: str) -> ShardedSplit:
-    """One split of the recipe's dataset, or of its mix."""
+    """One split of the recipe's dataset, or of its mix.
+
+    Raises:
+        UserError, UserErrors: it cannot be opened, or holds other features than the recipe asks for.
+    """
     data = recipe.data
     if data.path is not None:
-        return ShardedSplit(Path(data.path), name, data.on_bad_sample)
-    return MixedSplit(parts_of(data), name, data.on_bad_sample)
+        split = ShardedSplit(Path(data.path), name, data.on_bad_sample)
+    else:
+        split = MixedSplit(parts_of(data), name, data.on_bad_sample)
+    check_features(data, split.info)
+    return split
 
 
 def training_plan(
@@ -97,8 +132,10 @@ def training_plan(
 
 def prepare_tokenizer(recipe: Recipe, directory: Path) -> None:
     """Puts the run's tokenizer into `directory`: the named one, or one trained on the training transcripts (one
-    process calls this).
+    process calls this). None where no language model is read.
     """
+    if not recipe.reads_language_model:
+        return
     name = recipe.text.tokenizer or recipe.text.pretrained
     if name is not None:
         where = "text.tokenizer" if recipe.text.tokenizer else "text.pretrained"
@@ -116,7 +153,12 @@ def prepare_tokenizer(recipe: Recipe, directory: Path) -> None:
         ) from None
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, *, resumed: bool = False) -> DoubleFlow:
+def kept_tokenizer(recipe: Recipe, directory: Path) -> PreTrainedTokenizerBase | None:
+    """What `prepare_tokenizer` has put there."""
+    return load_tokenizer(str(directory)) if recipe.reads_language_model else None
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, *, resumed: bool = False) -> DoubleFlow:
     """The model in the recipe's precision, initialised from its seed alike on every rank.
 
     Pretrained parts are loaded in that precision, so only what is new is cast here.
@@ -149,7 +191,7 @@ def build_training(recipe: Recipe, model: DoubleFlow, *, micro_batch: int, accum
     )
 
 
-def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: DoubleFlow) -> Collator:
+def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, model: DoubleFlow) -> Collator:
     """The collator that fits the model's inputs."""
     return Collator(
         tokenizer,
@@ -158,6 +200,7 @@ def build_collator(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, model: Do
         recipe.text,
         minimum_audio=model.audio.minimum_samples,
         widths=recipe.widths.model_dump(),
+        simulated=recipe.simulation.rollout == "features",
         missing=recipe.missing,
         seed=recipe.seed,
     )

@@ -249,6 +249,33 @@ def convert(
 
 
 @app.command()
+def extract(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe with the models that make the features.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory of shards to make, or to go on with.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe overrides.")] = None,
+    ranks: RanksOption = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Run directory, or a checkpoint of it, that holds what the recipe trains.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or float32, of the stored features.")] = "float16",
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Clips per tar, which one rank makes in one go.")] = 256,
+) -> None:
+    """Extract the features of frozen models once, into shards; stopped, the same command goes on."""
+    from tools.extract import extract as carry_out
+
+    carry_out(
+        recipe,
+        overrides or [],
+        out,
+        again(),
+        ranks=ranks or default_ranks(),
+        checkpoint=checkpoint,
+        dtype=dtype,
+        samples_per_shard=samples_per_shard,
+    )
+
+
+@app.command()
 def report(
     directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories, or a folder of them.")],
     scaling: Annotated[bool, typer.Option("--scaling", help="Compare runs of several world sizes.")] = False,

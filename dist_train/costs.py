@@ -58,7 +58,7 @@ def tokens(recipe: Recipe, columns: Columns | Table, seconds: np.ndarray) -> np.
     said = filled(columns.text_characters) / CHARACTERS_PER_TOKEN
     said = np.minimum(said, recipe.text.max_tokens)
     real = 1 + said if recipe.text.input == "transcript" else np.zeros_like(said)
-    if simulation.rollout == "none":
+    if not simulation.imagines:
         return real
     asked = seconds * FRAMES_PER_SECOND / simulation.stack_frames
     if simulation.rollout != "prefix":

@@ -15,10 +15,9 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from dist_train.batch import Collator
-from dist_train.build import build_collator, build_model, open_split, to_device
+from dist_train.build import build_collator, build_model, kept_tokenizer, open_split, to_device
 from dist_train.costs import clip_costs
 from dist_train.fusion import REPRESENTATION_WIDTH
-from dist_train.llm import load_tokenizer
 from dist_train.metrics import floors, gap, valence_metrics
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
@@ -188,7 +187,7 @@ def load_trained(
     """
     checkpoint = Portable(directory)
     state = read_run_state(checkpoint)
-    tokenizer = load_tokenizer(str(run.tokenizer))
+    tokenizer = kept_tokenizer(recipe, run.tokenizer)
     model = build_model(recipe, tokenizer, resumed=True)
     if not accept_other_base:
         check_bases(directory, state.bases, fingerprints(model))

@@ -39,10 +39,13 @@ class TextSettings(TuningSettings):
     input: Literal["transcript", "features"] = Field(
         "transcript",
         description="`transcript`: the language model reads KEY.txt. "
-        "`features`: KEY.text.npy enters through a linear layer.",
+        "`features`: KEY.text.npy enters as it is; where a language model imagines text, through a linear layer to "
+        "that model's width.",
     )
     pretrained: str | None = Field(
-        None, description="Local folder or hub id of a causal language model, e.g. lmsys/vicuna-7b-v1.5. Default: none."
+        None,
+        description="Local folder or hub id of a causal language model, e.g. lmsys/vicuna-7b-v1.5. Default: none; "
+        "where all text comes as features there is no language model.",
     )
     config: dict[str, Any] | None = Field(
         None,
@@ -159,7 +162,7 @@ class LanguageModel(nn.Module):
                 f"{settings.layers} hidden states are asked of a model with {count} layers",
                 f"Write at most {count + 1}.",
             )
-        if self.simulation.rollout != "none" and not -count - 1 <= layer <= count:
+        if self.simulation.imagines and not -count - 1 <= layer <= count:
             raise UserError(
                 "simulation.layer",
                 f"{layer} is outside hidden_states of a model with {count} layers",
@@ -170,7 +173,7 @@ class LanguageModel(nn.Module):
     def imagined_layer(self) -> int:
         """Decoder layers below the imagined text's states."""
         count = self.causal.config.num_hidden_layers
-        return self.simulation.layer % (count + 1) if self.simulation.rollout != "none" else 0
+        return self.simulation.layer % (count + 1) if self.simulation.imagines else 0
 
     def freeze_unreached(self, settings: TextSettings, *, transcribes: bool) -> None:
         """No gradient for what no loss reaches: ZeRO-3 would apply old gradients to it."""

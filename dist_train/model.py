@@ -76,12 +76,12 @@ class DoubleFlow(nn.Module):
 
     Args:
         recipe: resolved recipe (feature widths filled in).
-        tokenizer: of the language model.
+        tokenizer: of the language model; None where there is none.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None) -> None:
         super().__init__()
-        simulates = recipe.simulation.rollout != "none"
+        simulates = recipe.simulation.imagines
         minimum = recipe.simulation.stack_frames if simulates else 1  # frames: one position of imagined text
         self.decodes = recipe.simulation.decodes
         self.transcribes = recipe.loss.asr > 0
@@ -95,15 +95,21 @@ class DoubleFlow(nn.Module):
             )
         else:
             self.audio = AudioFeatures(recipe.widths.audio, minimum_frames=minimum)
-        self.llm = LanguageModel(recipe.text, recipe.simulation, tokenizer, recipe.dtype, transcribes=self.transcribes)
-        self.text_features = (
-            TextFeatures(recipe.widths.text, self.llm.width) if recipe.text.input == "features" else None
-        )
-        self.projector = Projector(self.audio.width, self.llm.width, recipe.simulation) if simulates else None
+        self.llm: LanguageModel = None  # type: ignore[assignment]  # of features alone there is none
+        self.text_width = recipe.widths.text
+        if recipe.reads_language_model:
+            assert tokenizer is not None
+            self.llm = LanguageModel(
+                recipe.text, recipe.simulation, tokenizer, recipe.dtype, transcribes=self.transcribes
+            )
+            self.text_width = self.llm.width
+        linear = recipe.text.input == "features" and self.llm is not None
+        self.text_features = TextFeatures(recipe.widths.text, self.text_width) if linear else None
+        self.projector = Projector(self.audio.width, self.text_width, recipe.simulation) if simulates else None
         if self.projector is not None and recipe.simulation.projector is not None:
             load_projector(self.projector, recipe.simulation.projector)
         self.fusion = FusionNetwork(
-            FusionWidths(audio=self.audio.width, text=self.llm.width, vision=recipe.widths.vision),
+            FusionWidths(audio=self.audio.width, text=self.text_width, vision=recipe.widths.vision),
             recipe.fusion,
             recipe.imagination,
             lacks,
@@ -135,10 +141,10 @@ class DoubleFlow(nn.Module):
         audio = present_or_zero(heard.stream.to(dtype), heard.mask, batch["audio_present"])
         vision = present_or_zero(batch["vision"].to(dtype), batch["vision_mask"], batch["vision_present"])
         notes: dict[str, Tensor] = {}
-        imagines = batch["audio_present"]
+        imagines = batch.get("simulated_present", batch["audio_present"])
         if self.evaluator is not None:
             worth = self.evaluator([audio, vision]).float()
-            asked = batch["audio_present"] & batch["dropped"][:, TEXT]
+            asked = imagines & batch["dropped"][:, TEXT]
             if not self.training:
                 imagines = imagines & (worth.sigmoid() >= self.threshold)
             notes = {"worth": torch.stack([worth, asked.float(), (asked & imagines).float()], 1)}
@@ -155,6 +161,8 @@ class DoubleFlow(nn.Module):
         Args:
             imagines: bool [B], clips whose text is imagined if they lack it.
         """
+        if self.llm is None:
+            return stored_texts(batch, frames, self.text_width)
         flows = self.compares or not self.training
         text = Tokens(batch["text"], batch["text_mask"])
         audio = None if self.projector is None else self.projector(frames, mask)
@@ -187,3 +195,12 @@ class DoubleFlow(nn.Module):
         tokens = torch.tensor(sum(len(part.states[0]) for part in read.values()), device=mask.device)
         passages = sum(positions) - tokens  # the states before the first layer come from none
         return Texts(real, simulated, tokens, passages, asr, answers)
+
+
+def stored_texts(batch: Batch, like: Tensor, width: int) -> Texts:
+    """The texts that lie in the shards, in the type of `like` [B, …]; no imagined text where there is none."""
+    none = torch.tensor(0, device=batch["text_mask"].device)
+    simulated = TextStates(like.new_zeros(len(like), 1, width), like.new_ones(len(like), 1, dtype=torch.bool))
+    if "simulated" in batch:
+        simulated = TextStates(batch["simulated"].to(like.dtype), batch["simulated_mask"])
+    return Texts(TextStates(batch["text"].to(like.dtype), batch["text_mask"]), simulated, none, none, None, None)

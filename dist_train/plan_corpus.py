@@ -22,7 +22,7 @@ from sharding.table import Table
 # CMU-MOSEI: number of training clips; log-normal lengths in seconds, clipped; English; one face vector per word.
 MOSEI_CLIPS, MOSEI_MEAN, MOSEI_SIGMA, MOSEI_BOUNDS = 16_326, 7.3, 0.6, (1.0, 60.0)
 CHARACTERS_PER_SECOND, FACES_PER_SECOND = 15.0, 2.7
-MOSEI_WIDTHS = {"audio": 1024, "text": 4096, "vision": 1024}
+MOSEI_WIDTHS = {"audio": 1024, "text": 4096, "simulated": 4096, "vision": 1024}
 CHARACTERS_PER_TOKEN = 4.0  # English, Llama's tokenizer
 LOOKED_AT = 500  # steps of an epoch
 SMALL_VOCABULARY, CHARACTERS_PER_SMALL_TOKEN = 8192, 2.5
@@ -109,8 +109,16 @@ def mosei(recipe: Recipe) -> Columns:
         audio_frames=np.round(seconds * 50).astype(int).tolist(),
         text_characters=characters.tolist(),
         text_frames=np.round(characters / CHARACTERS_PER_TOKEN).astype(int).tolist(),
+        simulated_frames=np.round(characters / CHARACTERS_PER_TOKEN).astype(int).tolist(),
         vision_frames=np.ceil(seconds * FACES_PER_SECOND).astype(int).tolist(),
     )
+
+
+def characters_per_token(recipe: Recipe) -> float:
+    """Of a transcript, by the size of the vocabulary."""
+    given = recipe.text.pretrained is not None or recipe.text.tokenizer is not None
+    small = not given and recipe.text.vocabulary <= SMALL_VOCABULARY
+    return CHARACTERS_PER_SMALL_TOKEN if small else CHARACTERS_PER_TOKEN
 
 
 def clip_of(recipe: Recipe, columns: Columns | Table, index: int) -> Clip:
@@ -122,15 +130,14 @@ def clip_of(recipe: Recipe, columns: Columns | Table, index: int) -> Clip:
         audio = round((columns.audio_seconds[index] or 0) * SAMPLE_RATE)
     else:
         audio = int(columns.audio_frames[index] or 0)
-    per_token = CHARACTERS_PER_TOKEN
-    if recipe.text.pretrained is None and recipe.text.tokenizer is None and recipe.text.vocabulary <= SMALL_VOCABULARY:
-        per_token = CHARACTERS_PER_SMALL_TOKEN
-    said = round((columns.text_characters[index] or 0) / per_token)
+    said = round((columns.text_characters[index] or 0) / characters_per_token(recipe))
     if recipe.text.input == "features":
         text = int(columns.text_frames[index] or 0)
     else:
         text = min(said + 1, recipe.text.max_tokens) if said else 0
-    return Clip(audio, text, int(columns.vision_frames[index] or 0), min(said + 1, recipe.simulation.max_new_tokens))
+    answer = min(said + 1, recipe.simulation.max_new_tokens)
+    simulated = int(columns.simulated_frames[index] or 0) if recipe.simulation.rollout == "features" else 0
+    return Clip(audio, text, int(columns.vision_frames[index] or 0), answer, simulated)
 
 
 def load_of(recipe: Recipe, corpus: Corpus, world: int) -> Load:

@@ -36,12 +36,14 @@ class Clip(NamedTuple):
         text: tokens with BOS, or steps of features.
         vision: frames.
         answer: tokens of the answer that the language model gives to it.
+        simulated: steps of features of imagined text.
     """
 
     audio: int
     text: int
     vision: int
     answer: int
+    simulated: int = 0
 
 
 def build_hollow(recipe: Recipe, tokenizer: Any) -> DoubleFlow:
@@ -71,7 +73,7 @@ def hollow_batch(recipe: Recipe, model: DoubleFlow, clips: Sequence[Clip], trace
         )
         vision, vision_mask = hollow([max(clip.vision, 1) for clip in clips], widths.vision, torch.float32)
         answer, answer_mask = hollow([max(clip.answer, 1) for clip in clips], None, torch.long)
-        return Batch(
+        batch = Batch(
             audio=audio,
             audio_mask=audio_mask,
             audio_present=torch.tensor([clip.audio > 0 for clip in clips]),
@@ -89,6 +91,13 @@ def hollow_batch(recipe: Recipe, model: DoubleFlow, clips: Sequence[Clip], trace
             answer=answer,
             answer_mask=answer_mask,
         )
+        if recipe.simulation.rollout == "features":
+            simulated, simulated_mask = hollow(
+                [max(clip.simulated, 1) for clip in clips], widths.simulated, torch.float32
+            )
+            present = torch.tensor([clip.simulated > 0 for clip in clips])
+            batch |= {"simulated": simulated, "simulated_mask": simulated_mask, "simulated_present": present}
+        return batch
 
 
 def hollow(lengths: Sequence[int], width: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -144,6 +153,9 @@ def hollow_loss(recipe: Recipe, packed: Packed, rows: int, real: int) -> tuple[T
 def decoding(model: DoubleFlow, tracer: Tracer) -> Iterator[None]:
     """While active, the model's answers are those of the batch, and the decoding they take is traced."""
     llm = model.llm
+    if llm is None:
+        yield
+        return
     given = llm.answers
 
     def answers(audio: TextStates, wanted: Tensor, known: Tokens | None) -> Tokens:

@@ -112,7 +112,9 @@ def without_weights(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """
     changed, notes = recipe.model_copy(deep=True), []
     changed.simulation.projector = None  # weights that have no shape of their own
-    parts: list[tuple[str, Any, Collection[str]]] = [("text", changed.text, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
+    parts: list[tuple[str, Any, Collection[str]]] = (
+        [("text", changed.text, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)] if recipe.reads_language_model else []
+    )
     if recipe.audio.input == "waveform":
         parts.append(("audio", changed.audio, KINDS))
     for name, part, kinds in parts:
@@ -194,7 +196,9 @@ class Sizes:
 
 
 def tokenizer_of(recipe: Recipe) -> Any:
-    """The recipe's tokenizer if it lies in a folder, else one that stands in for it."""
+    """The recipe's tokenizer if it lies in a folder, else one that stands in for it; None where none is needed."""
+    if not recipe.reads_language_model:
+        return None
     name = recipe.text.tokenizer or recipe.text.pretrained
     if name is not None and Path(name).exists():
         return load_tokenizer(name)

@@ -7,6 +7,7 @@ from typing import Any
 
 from dist_train.plan import Candidate, Plan, Planner, Prediction, Scale, plan_as_is, predict_epoch
 from dist_train.plan_corpus import Corpus, Load, corpus_of, load_of
+from dist_train.plan_features import caching
 from dist_train.recipe import Recipe
 from sharding.hardware import GIB, Hardware
 from sharding.zero import ZeroSettings
@@ -31,6 +32,7 @@ def make_plan(recipe: Recipe, hardware: Hardware, nodes: int, per_node: int) -> 
     candidates, best = judge(found, hardware, recipe.zero.stage)
     scaling = scale(planner, recipe, corpus, plan.predicted)
     notes = [*plan.notes, *room(load, plan.predicted, hardware), *limits(recipe, plan.predicted, scaling)]
+    notes += caching(planner, corpus, plan.predicted, load.steps)
     return plan.model_copy(update={"candidates": candidates, "best": best, "scaling": scaling, "notes": notes})
 
 
@@ -147,10 +149,8 @@ def room(load: Load, predicted: Prediction, hardware: Hardware) -> list[str]:
             f"{largest}{abs(free) / GIB:.1f} GiB; no data.budget helps: the longest clip alone takes "
             f"{load.longest_seconds:.0f} seconds and {load.longest_tokens:.0f} tokens (audio.max_seconds bounds it)."
         ]
-    return [
-        f"{largest}{abs(free) / GIB:.1f} GiB; data.budget: {{audio_seconds: {seconds:.0f}, tokens: {tokens:.0f}}} "
-        "would fit."
-    ]
+    also = f", tokens: {tokens:.0f}" if load.tokens else ""  # no language model reads any
+    return [f"{largest}{abs(free) / GIB:.1f} GiB; data.budget: {{audio_seconds: {seconds:.0f}{also}}} would fit."]
 
 
 def limits(recipe: Recipe, predicted: Prediction, scaling: Sequence[Scale]) -> list[str]:

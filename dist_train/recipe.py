@@ -87,6 +87,7 @@ class Widths(BaseModel):
 
     audio: int = Field(1, ge=1, description="Width of KEY.audio.npy.")
     text: int = Field(1, ge=1, description="Width of KEY.text.npy.")
+    simulated: int = Field(1, ge=1, description="Width of KEY.simulated.npy.")
     vision: int = Field(1, ge=1, description="Width of KEY.vision.npy.")
 
 
@@ -124,6 +125,11 @@ class Recipe(BaseModel):
         """Of the weights and the arithmetic."""
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
 
+    @property
+    def reads_language_model(self) -> bool:
+        """Whether a language model reads transcripts or imagines text; else all text comes as features, or none."""
+        return self.text.input == "transcript" or self.simulation.imagines
+
     def conflicts(self) -> Iterable[UserError]:
         """Fields that are right by themselves and wrong together."""
         yield from self.data.conflicts()
@@ -133,12 +139,7 @@ class Recipe(BaseModel):
                 "needs exactly one of pretrained and config",
                 "Write audio.pretrained: microsoft/wavlm-large (or a folder), or audio.config: {…}.",
             )
-        if (self.text.pretrained is None) == (self.text.config is None):
-            yield UserError(
-                "text",
-                "needs exactly one of pretrained and config",
-                "Write text.pretrained: lmsys/vicuna-7b-v1.5 (or a folder), or text.config: {…}.",
-            )
+        yield from self.text_conflicts()
         if self.audio.config is not None:
             problems = list(config_is_wrong(self.audio.config))
             if not problems and self.audio.input == "waveform":
@@ -151,23 +152,41 @@ class Recipe(BaseModel):
                     "Write audio.config.conv_dim: [128, 64] for 32 bands and feat_extract_norm: layer, or audio.start: "
                     "random.",
                 )
-        if self.text.config is not None:
-            yield from text_problems(self.text.config)
-        unused = self.text.input == "features" and self.simulation.rollout == "none"
-        if self.text.config is not None and self.text.tuning == "frozen" and not unused:
-            yield UserError(
-                "text.tuning",
-                "freezes a language model with random weights, which can tell nothing of a transcript",
-                "Write text.tuning: full.",
-            )
-        if self.text.tuning != "frozen" and unused:
-            yield UserError(
-                "text.tuning",
-                "trains a language model that nothing uses (text.input: features, simulation.rollout: none)",
-                "Write text.tuning: frozen.",
-            )
         yield from self.loss_conflicts()
         yield from incompatible(self.cases())
+
+    def text_conflicts(self) -> Iterable[UserError]:
+        """The language model against what reads it."""
+        given = [name for name in ("pretrained", "config") if getattr(self.text, name) is not None]
+        if self.reads_language_model and len(given) != 1:
+            yield UserError(
+                "text",
+                "needs exactly one of pretrained and config",
+                "Write text.pretrained: lmsys/vicuna-7b-v1.5 (or a folder), or text.config: {…}.",
+            )
+        if not self.reads_language_model:
+            for name in given:
+                yield UserError(
+                    f"text.{name}",
+                    f"describes a language model that nothing reads (text.input: {self.text.input}, "
+                    f"simulation.rollout: {self.simulation.rollout})",
+                    "Leave it out.",
+                )
+            return
+        if self.simulation.rollout == "features":
+            yield UserError(
+                "simulation.rollout",
+                "is features, but text.input is transcript: real and imagined text must be states of one model",
+                "Write text.input: features, or simulation.rollout: generate.",
+            )
+        if self.text.config is not None:
+            yield from text_problems(self.text.config)
+            if self.text.tuning == "frozen":
+                yield UserError(
+                    "text.tuning",
+                    "freezes a language model with random weights, which can tell nothing of a transcript",
+                    "Write text.tuning: full.",
+                )
 
     def loss_conflicts(self) -> Iterable[UserError]:
         """Losses against what there is to train and to judge by."""
@@ -186,17 +205,18 @@ class Recipe(BaseModel):
             )
         if self.loss.asr > 0 and self.text.input == "features":
             yield UserError("loss.asr", "needs transcripts, and text.input is features", "Write loss.asr: 0.")
-        if self.missing in ("audio", "vision") and self.simulation.rollout != "none" and self.loss.asr == 0:
+        rollout = self.simulation.rollout
+        if self.missing in ("audio", "vision") and rollout != "none" and self.loss.asr == 0:
             yield UserError(
                 "simulation.rollout",
                 f"imagines text, which no flow lacks (missing: {self.missing})",
                 "Write simulation.rollout: none, or missing: random.",
             )
         if self.imagination.cmpt:
-            if self.simulation.rollout != "none":
+            if rollout != "none":
                 yield UserError(
                     "simulation.rollout",
-                    f"is {self.simulation.rollout}, and imagination: cmpt has proxies in the place of imagined text",
+                    f"is {rollout}, and imagination: cmpt has proxies in the place of imagined text",
                     "Write simulation.rollout: none.",
                 )
             if self.audio.input == "waveform" and (self.audio.config or {}).get("model_type") == "whisper":
@@ -209,18 +229,20 @@ class Recipe(BaseModel):
                 f"is {self.imagination.heads}, which does not divide fusion.width = {self.fusion.width}",
                 "Write a divisor of it.",
             )
-        if self.simulation.projector is not None and self.simulation.rollout == "none":
-            yield UserError("simulation.projector", "is of no use where simulation.rollout is none", "Leave it out.")
-        if self.loss.asr > 0 and self.simulation.rollout == "none":
+        if self.simulation.projector is not None and not self.simulation.imagines:
+            yield UserError(
+                "simulation.projector", f"is of no use where simulation.rollout is {rollout}", "Leave it out."
+            )
+        if self.loss.asr > 0 and not self.simulation.imagines:
             yield UserError(
                 "loss.asr",
-                "has the language model hear the clip, and simulation.rollout is none",
+                f"has the language model hear the clip, and simulation.rollout is {rollout}",
                 "Write simulation.rollout: prefix, or loss.asr: 0.",
             )
 
     def cases(self) -> dict[str, Case]:
         """Each pretrained part and the settings around it, as the compatibility rules see them."""
-        parts: dict[str, TuningSettings] = {"text": self.text}
+        parts: dict[str, TuningSettings] = {"text": self.text} if self.reads_language_model else {}
         if self.audio.input == "waveform":
             parts["audio"] = self.audio
         kept = ("tuning", "quantisation", "activation_checkpointing")

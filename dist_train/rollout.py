@@ -28,11 +28,12 @@ class SimulationSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    rollout: Literal["generate", "cached", "prefix", "none"] = Field(
+    rollout: Literal["generate", "cached", "prefix", "features", "none"] = Field(
         "generate",
         description="`generate`: decoding, then one differentiable pass, states of the answer. "
         "`cached`: the same, but in training a clip's answer is kept and decoded anew every `refresh_epochs` epochs. "
-        "`prefix`: no decoding, states at the audio positions. `none`: no imagined text.",
+        "`prefix`: no decoding, states at the audio positions. `features`: KEY.simulated.npy, extracted before "
+        "(`dist-train extract`). `none`: no imagined text.",
     )
     refresh_epochs: int = Field(5, ge=1, description="Rollout `cached`: epochs for which an answer is kept.")
     beams: int = Field(1, ge=1, description="Beams of the decoding; 1 = greedy (SDUMC decodes with 4).")
@@ -46,6 +47,11 @@ class SimulationSettings(BaseModel):
         description="Weights the projector starts from: the run directory of a projector pre-training "
         "(recipes/slam_asr.yaml), a checkpoint of it, or SLAM-LLM's model.pt or pytorch_model.bin. Default: random.",
     )
+
+    @property
+    def imagines(self) -> bool:
+        """Whether the language model imagines text while the clip is read."""
+        return self.rollout in ("generate", "cached", "prefix")
 
     @property
     def decodes(self) -> bool:

@@ -12,12 +12,18 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from dist_train.build import build_collator, build_model, build_training, open_split, training_plan
+from dist_train.build import (
+    build_collator,
+    build_model,
+    build_training,
+    kept_tokenizer,
+    open_split,
+    training_plan,
+)
 from dist_train.costs import clip_costs
 from dist_train.evaluate import evaluate_checkpoint, find_checkpoint, judged, predict, same_bases, score
 from dist_train.foresight import MEASURED, Foresight, grid
 from dist_train.idle import idle_parts
-from dist_train.llm import load_tokenizer
 from dist_train.notes import shortcomings
 from dist_train.parameter_table import parameter_rows, parameter_table, write_parameters
 from dist_train.phases import Phases, measured
@@ -64,7 +70,7 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.train_split, self.valid_split = open_split(recipe, "train"), open_split(recipe, "valid")
         self.costs, self.valid_costs = clip_costs(recipe, self.train_split), clip_costs(recipe, self.valid_split)
-        tokenizer = load_tokenizer(str(run.tokenizer))
+        tokenizer = kept_tokenizer(recipe, run.tokenizer)
         nodes, per_node = grid()
         self.foresight = (
             Foresight(recipe, tokenizer, self.train_split, nodes, per_node, run.plan) if self.rank == 0 else None

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from sharding.errors import UserError, UserErrors
-from sharding.shards import SPLITS, Dims, load_info
+from sharding.shards import SOURCE, SPLITS, Dims, Features, load_info
 from sharding.shuffle import Source, shares
 from sharding.stream import ShardedSplit
 from sharding.table import LENGTHS, PLACES, Keys, Lengths, Table, open_table
@@ -41,6 +41,7 @@ class MixInfo:
         splits: samples by split, of all datasets together.
         dims: widths.
         label_range: smallest and largest label.
+        features: of what its features were made, but for the clips; see `shards.DatasetInfo`.
         content_hash: sha256 of the sorted lines "name TAB weight TAB content hash NEWLINE".
     """
 
@@ -48,6 +49,7 @@ class MixInfo:
     dims: Dims
     label_range: tuple[float, float]
     content_hash: str
+    features: Features | None = None
 
 
 class MixedSplit(ShardedSplit):
@@ -115,6 +117,11 @@ def mix_info(parts: Sequence[Part]) -> MixInfo:
             bounds = ["{:g} … {:g}".format(*one.label_range) for one in (info, infos[0])]
             problem = f"has labels in {bounds[0]}, {parts[0].root} in {bounds[1]}"
             errors.append(UserError(str(part.root), problem, "Make its shards anew with the other --label-range"))
+    features = [None if info.features is None else {**info.features, SOURCE: None} for info in infos]
+    for part, found_features in zip(parts, features, strict=True):
+        if found_features != features[0]:
+            problem = f"has features that were made in another way than those of {parts[0].root}"
+            errors.append(UserError(str(part.root), problem, "Extract both alike, or leave one of them out"))
     raise_all(errors)
     lines = sorted(
         f"{part.name}\t{part.weight!r}\t{info.content_hash}\n" for part, info in zip(parts, infos, strict=True)
@@ -125,7 +132,7 @@ def mix_info(parts: Sequence[Part]) -> MixInfo:
         if counts:
             splits[name] = sum(counts)
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
-    return MixInfo(splits, Dims(**widths), infos[0].label_range, digest)
+    return MixInfo(splits, Dims(**widths), infos[0].label_range, digest, features[0])
 
 
 def joined(names: Sequence[str], tables: Sequence[Table]) -> Table:

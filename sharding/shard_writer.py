@@ -10,7 +10,7 @@ import os
 import shutil
 import tarfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,8 +56,10 @@ def pack_sample(
     audio: np.ndarray | None = None,
     text: str | None = None,
     text_features: np.ndarray | None = None,
+    simulated: np.ndarray | None = None,
     vision: np.ndarray | None = None,
     extra: dict[str, Any] | None = None,
+    dtype: type[np.floating] = np.float32,
 ) -> PackedSample:
     """Encode one sample. Equal input gives equal bytes.
 
@@ -68,21 +70,25 @@ def pack_sample(
         audio: float [samples], a 16 kHz waveform in [-1, 1] (stored as PCM16), or float [T, D] features.
         text: transcript.
         text_features: float [T, D].
+        simulated: float [T, D], features of the text that a model imagines.
         vision: float [T, D].
         extra: JSON values kept in KEY.json.
+        dtype: one of `shards.STORED`, of audio and text features; vision is stored as float32.
     """
     parts: dict[str, bytes] = {}
     waveform = audio is not None and audio.ndim == 1
     if waveform:
         parts["wav"] = _encode_wav(audio)
     elif audio is not None:
-        parts["audio.npy"] = _encode_npy(audio)
+        parts["audio.npy"] = _encode_npy(audio, dtype)
     if text is not None:
         parts["txt"] = text.encode()
     if text_features is not None:
-        parts["text.npy"] = _encode_npy(text_features)
+        parts["text.npy"] = _encode_npy(text_features, dtype)
+    if simulated is not None:
+        parts["simulated.npy"] = _encode_npy(simulated, dtype)
     if vision is not None:
-        parts["vision.npy"] = _encode_npy(vision)
+        parts["vision.npy"] = _encode_npy(vision, np.float32)
     record = {**(extra or {}), "key": key, "label": label, "split": split}
     parts["json"] = json.dumps(record, sort_keys=True).encode()
 
@@ -92,13 +98,17 @@ def pack_sample(
         "size": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "label": float(label),
-        **lengths(audio, text, text_features, vision),
+        **lengths(audio, text, text_features, simulated, vision),
     }
     return PackedSample(data, row)
 
 
 def lengths(
-    audio: np.ndarray | None, text: str | None, text_features: np.ndarray | None, vision: np.ndarray | None
+    audio: np.ndarray | None,
+    text: str | None,
+    text_features: np.ndarray | None,
+    simulated: np.ndarray | None,
+    vision: np.ndarray | None,
 ) -> dict[str, float | int | None]:
     """What the index says of a sample's lengths: see `Columns`."""
     waveform = audio is not None and audio.ndim == 1
@@ -107,6 +117,7 @@ def lengths(
         "audio_frames": len(audio) if audio is not None and not waveform else None,
         "text_characters": None if text is None else len(text),
         "text_frames": None if text_features is None else len(text_features),
+        "simulated_frames": None if simulated is None else len(simulated),
         "vision_frames": None if vision is None else len(vision),
     }
 
@@ -120,9 +131,9 @@ def _encode_wav(waveform: np.ndarray | None) -> bytes:
     return buffer.getvalue()
 
 
-def _encode_npy(array: np.ndarray) -> bytes:
+def _encode_npy(array: np.ndarray, dtype: type[np.floating]) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(array, dtype=np.float32), allow_pickle=False)
+    np.save(buffer, np.ascontiguousarray(array, dtype=dtype), allow_pickle=False)
     return buffer.getvalue()
 
 
@@ -143,7 +154,27 @@ class _OpenShard:
     columns: Columns = field(default_factory=Columns)
     size: int = 0
 
-    def write(self, data: bytes) -> None:
+    def add(self, sample: PackedSample) -> None:
+        for name, value in {**sample.row, "offset": self.size}.items():
+            getattr(self.columns, name).append(value)
+        self._write(sample.data)
+
+    def end(self) -> ShardIndex:
+        """Everything is on the disk; the index is not written yet."""
+        self._write(_END_OF_ARCHIVE)
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        self.stream.close()
+        return ShardIndex.model_construct(
+            format=FORMAT,
+            split=self.split,
+            tar=self.name,
+            bytes=self.size,
+            sha256=self.hash.hexdigest(),
+            columns=self.columns,
+        )
+
+    def _write(self, data: bytes) -> None:
         self.stream.write(data)
         self.hash.update(data)
         self.size += len(data)
@@ -157,7 +188,6 @@ class DatasetWriter:
         self._directory, self._dims = directory, dims
         self._label_range, self._samples_per_shard = label_range, samples_per_shard
         self._open: dict[Split, _OpenShard] = {}
-        self._entries: dict[Split, list[ShardEntry]] = {}
         self._indexes: dict[Split, list[ShardIndex]] = {}
         self._files = ExitStack()
 
@@ -168,9 +198,7 @@ class DatasetWriter:
             OSError: the disk refuses it.
         """
         shard = self._open.get(split) or self._start_shard(split)
-        for name, value in {**sample.row, "offset": shard.size}.items():
-            getattr(shard.columns, name).append(value)
-        shard.write(sample.data)
+        shard.add(sample)
         if len(shard.columns.key) == self._samples_per_shard:
             self._end_shard(self._open.pop(split))
 
@@ -180,69 +208,114 @@ class DatasetWriter:
         Raises:
             OSError: the disk refuses it.
         """
-        _write_synced(self._directory / name, text)
+        write_synced(self._directory / name, text)
 
     def finish(self) -> DatasetInfo:
         """Close the tars and write dataset.json."""
         for shard in self._open.values():
             self._end_shard(shard)
         self._open.clear()
-        for split, indexes in self._indexes.items():
-            write_columns(self._directory, split, indexes)
-        info = DatasetInfo(
-            splits={split: self._split_info(split) for split in SPLITS if split in self._indexes},
-            dims=self._dims,
-            label_range=self._label_range,
-            set_aside=self.set_aside,
-            content_hash=content_hash(
-                (split, *pair)
-                for split, indexes in self._indexes.items()
-                for index in indexes
-                for pair in zip(index.columns.key, index.columns.sha256, strict=True)
-            ),
+        return finish_dataset(
+            self._directory, self._indexes, dims=self._dims, label_range=self._label_range, set_aside=self.set_aside
         )
-        _write_synced(self._directory / "dataset.json", info.model_dump_json(indent=1))
-        return info
 
     def close(self) -> None:
         """Close the open tars without finishing them."""
         self._files.close()
 
     def _start_shard(self, split: Split) -> _OpenShard:
-        name = f"{split}-{len(self._entries.get(split, [])):06d}.tar"
+        name = tar_name(split, len(self._indexes.get(split, [])))
         stream = self._files.enter_context((self._directory / name).open("wb"))
         self._open[split] = _OpenShard(split, name, stream)
         return self._open[split]
 
     def _end_shard(self, shard: _OpenShard) -> None:
-        shard.write(_END_OF_ARCHIVE)
-        shard.stream.flush()
-        os.fsync(shard.stream.fileno())
-        shard.stream.close()
-        split, sha256, columns = shard.split, shard.hash.hexdigest(), shard.columns
-        index = ShardIndex.model_construct(
-            format=FORMAT, split=split, tar=shard.name, bytes=shard.size, sha256=sha256, columns=columns
-        )
-        _write_synced(self._directory / f"{shard.name}.index.json", index.model_dump_json())
-        entry = ShardEntry(file=shard.name, samples=len(columns.key), bytes=shard.size, sha256=sha256)
-        self._entries.setdefault(split, []).append(entry)
-        self._indexes.setdefault(split, []).append(index)
+        index = shard.end()
+        write_synced(self._directory / f"{shard.name}.index.json", index.model_dump_json())
+        self._indexes.setdefault(shard.split, []).append(index)
 
-    def _split_info(self, split: Split) -> SplitInfo:
-        c = {name: [v for x in self._indexes[split] for v in getattr(x.columns, name)] for name in Columns.model_fields}
-        audio = zip(c["audio_seconds"], c["audio_frames"], strict=True)
-        text = zip(c["text_characters"], c["text_frames"], strict=True)
-        return SplitInfo(
-            shards=self._entries[split],
-            samples=len(c["key"]),
-            seconds=sum(s or 0.0 for s in c["audio_seconds"]),
-            labels=_label_statistics(c["label"], self._label_range),
-            missing={
-                "audio": sum(pair == (None, None) for pair in audio),
-                "text": sum(pair == (None, None) for pair in text),
-                "vision": sum(frames is None for frames in c["vision_frames"]),
-            },
-        )
+
+def tar_name(split: Split, number: int) -> str:
+    """Of a split's tars, counted from 0."""
+    return f"{split}-{number:06d}.tar"
+
+
+def write_shard(directory: Path, split: Split, number: int, samples: Iterable[PackedSample]) -> None:
+    """One tar and its index, each there as a whole or not at all.
+
+    Raises:
+        OSError: the disk refuses it.
+    """
+    name = tar_name(split, number)
+    temporary = directory / f".{name}.{uuid.uuid4().hex[:8]}"
+    try:
+        with temporary.open("wb") as stream:
+            shard = _OpenShard(split, name, stream)
+            for sample in samples:
+                shard.add(sample)
+            index = shard.end()
+        temporary.replace(directory / name)
+        write_synced(temporary, index.model_dump_json())
+        temporary.replace(directory / f"{name}.index.json")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finish_dataset(
+    directory: Path,
+    indexes: Mapping[Split, Sequence[ShardIndex]],
+    *,
+    dims: Dims,
+    label_range: tuple[float, float],
+    set_aside: list[SetAside],
+    features: dict[str, Any] | None = None,
+) -> DatasetInfo:
+    """Writes what belongs to tars and indexes that are there: the columns of each split, and dataset.json.
+
+    Args:
+        features: see `DatasetInfo`.
+
+    Raises:
+        OSError: the disk refuses it.
+    """
+    for split, found in indexes.items():
+        write_columns(directory, split, found)
+    info = DatasetInfo(
+        splits={split: _split_info(found, label_range) for split, found in sorted(indexes.items(), key=_place)},
+        dims=dims,
+        label_range=label_range,
+        set_aside=set_aside,
+        content_hash=content_hash(
+            (split, *pair)
+            for split, found in indexes.items()
+            for index in found
+            for pair in zip(index.columns.key, index.columns.sha256, strict=True)
+        ),
+        features=features,
+    )
+    write_synced(directory / "dataset.json", info.model_dump_json(indent=1))
+    return info
+
+
+def _place(split: tuple[str, Any]) -> int:
+    return SPLITS.index(split[0])
+
+
+def _split_info(indexes: Sequence[ShardIndex], label_range: tuple[float, float]) -> SplitInfo:
+    c = {name: [v for x in indexes for v in getattr(x.columns, name)] for name in Columns.model_fields}
+    audio = zip(c["audio_seconds"], c["audio_frames"], strict=True)
+    text = zip(c["text_characters"], c["text_frames"], strict=True)
+    return SplitInfo(
+        shards=[ShardEntry(file=x.tar, samples=len(x.columns.key), bytes=x.bytes, sha256=x.sha256) for x in indexes],
+        samples=len(c["key"]),
+        seconds=sum(s or 0.0 for s in c["audio_seconds"]),
+        labels=_label_statistics(c["label"], label_range),
+        missing={
+            "audio": sum(pair == (None, None) for pair in audio),
+            "text": sum(pair == (None, None) for pair in text),
+            "vision": sum(frames is None for frames in c["vision_frames"]),
+        },
+    )
 
 
 @contextmanager
@@ -267,7 +340,7 @@ def write_dataset(
     except KeyboardInterrupt:
         raise UserError(str(out), "interrupted", "Nothing was kept; run the command again") from None
     except OSError as error:
-        raise _write_error(out, error) from error
+        raise write_error(out, error) from error
     finally:
         # A full disk refuses the buffered rest once more on close; the file goes away anyway.
         with suppress(OSError):
@@ -288,7 +361,8 @@ def refuse_existing(out: Path) -> None:
         raise UserError(str(out), "exists", "Name a new directory, or remove this one first")
 
 
-def _write_error(out: Path, error: OSError) -> UserError:
+def write_error(out: Path, error: OSError) -> UserError:
+    """What to tell of a place that cannot be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError(
             str(out), f"disk full ({error.strerror})", "Nothing was kept; free space or choose another disk"
@@ -298,7 +372,8 @@ def _write_error(out: Path, error: OSError) -> UserError:
     return UserError(str(out), f"cannot be written ({error.strerror or error})", "Choose another directory")
 
 
-def _write_synced(path: Path, text: str) -> None:
+def write_synced(path: Path, text: str) -> None:
+    """Writes a file that is on the disk when this returns."""
     with path.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()

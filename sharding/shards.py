@@ -1,7 +1,8 @@
 """The on-disk corpus: plain WebDataset tars, an index beside each, one dataset.json.
 
     dataset.json                    counts, dims, label statistics, content hash, tars of each split
-    train-000000.tar                samples: KEY.wav | KEY.audio.npy, KEY.txt, KEY.text.npy, KEY.vision.npy, KEY.json
+    train-000000.tar                samples: KEY.wav | KEY.audio.npy, KEY.txt, KEY.text.npy, KEY.simulated.npy,
+                                    KEY.vision.npy, KEY.json
     train-000000.tar.index.json     of each sample: byte range, checksum, label, lengths
     train.columns.safetensors       optional: the rows of all indexes of a split in key order, for opening (see `table`)
 
@@ -41,6 +42,7 @@ SAMPLE_RATE: Literal[16000] = 16000
 LONGEST_SECONDS = 3600
 LARGEST_LABEL = 1e6  # a square of it, summed over a batch, is far from the end of fp32
 LONGEST_KEY = 1000  # characters
+SOURCE = "source"  # of `DatasetInfo.features`: content hash of the shards that were read
 REMAKE = "Copy the shards again, or make them anew with `dist-train shards make`"
 
 Split = Literal["train", "valid", "test"]
@@ -52,6 +54,8 @@ Label = Annotated[float, Field(ge=-LARGEST_LABEL, le=LARGEST_LABEL)]
 Seconds = Annotated[float, Field(ge=0, le=LONGEST_SECONDS)]
 Length = Annotated[int, Field(ge=0, lt=2**31)]
 Width = Annotated[int, Field(ge=1, le=2**20)]
+Scalar = str | int | float | bool | None
+Features = dict[str, Scalar | dict[str, Scalar]]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -67,6 +71,7 @@ class Columns(BaseModel):
     audio_frames: list[Length | None] = []  # features
     text_characters: list[Length | None] = []  # transcript
     text_frames: list[Length | None] = []  # features
+    simulated_frames: list[Length | None] = []  # features; shards made before they existed lack the column
     vision_frames: list[Length | None] = []
 
 
@@ -116,6 +121,7 @@ class Dims(BaseModel):
 
     audio: Width | Literal["waveform"] | None = None
     text: Width | None = None
+    simulated: Width | None = None
     vision: Width | None = None
 
 
@@ -136,6 +142,8 @@ class DatasetInfo(BaseModel):
     label_range: tuple[Label, Label]
     set_aside: list[SetAside]
     content_hash: Sha256
+    features: Features | None = None
+    """Of extracted features: what decides them, by section. Whoever trains on them may ask for it."""
 
 
 def content_hash(samples: Iterable[tuple[str, str, str]]) -> str:
@@ -220,6 +228,7 @@ def load_index(root: Path, split: str, entry: ShardEntry) -> ShardIndex:
         raise UserError(str(path), "is missing", REMAKE)
     index = _load_json(path, ShardIndex)
     columns = index.columns
+    columns.simulated_frames = columns.simulated_frames or [None] * len(columns.key)
     same = (index.tar, index.split, index.bytes, index.sha256, len(columns.key)) == (
         (entry.file, split, entry.bytes, entry.sha256, entry.samples)
     )
@@ -263,7 +272,8 @@ def read_sample(fd: int, where: str, dims: Dims, *, key: str, offset: int, size:
         key, offset, size, sha256: the sample's row of the index.
 
     Returns:
-        {"audio", "text", "text_features", "vision"} as in `pack_sample`, arrays float32, None where absent.
+        {"audio", "text", "text_features", "simulated", "vision"} as in `pack_sample`, arrays float32, None where
+        absent.
 
     Raises:
         UserError: the range is unreadable, has another checksum, does not decode, or has another width than
@@ -274,7 +284,8 @@ def read_sample(fd: int, where: str, dims: Dims, *, key: str, offset: int, size:
         if len(data) != size or hashlib.sha256(data).hexdigest() != sha256:
             raise ValueError("bytes differ from the checksum in the index")
         sample = _decode(key, data)
-        for modality, width in {"audio": dims.audio, "text_features": dims.text, "vision": dims.vision}.items():
+        widths = (dims.audio, dims.text, dims.simulated, dims.vision)
+        for modality, width in zip(_ARRAYS.values(), widths, strict=True):
             array = sample[modality]
             if array is not None and width != ("waveform" if array.ndim == 1 else array.shape[1]):
                 raise ValueError(f"{modality} has shape {list(array.shape)}, dataset.json says width {width}")
@@ -285,8 +296,26 @@ def read_sample(fd: int, where: str, dims: Dims, *, key: str, offset: int, size:
         raise UserError(f"{where}, sample {key}", str(error) or type(error).__name__, REMAKE) from error
 
 
+def read_record(key: str, data: bytes, where: str) -> dict[str, Any]:
+    """KEY.json among the bytes of a sample.
+
+    Args:
+        where: the tar's path, for messages.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    try:
+        record = json.loads(dict(members(data)).get(f"{key}.json", b"{}"))
+        if not isinstance(record, dict):
+            raise ValueError("json is no object")
+        return record
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}, sample {key}", str(error), REMAKE) from None
+
+
 def _decode(key: str, data: bytes) -> dict[str, Any]:
-    sample: dict[str, Any] = {"audio": None, "text": None, "text_features": None, "vision": None}
+    sample: dict[str, Any] = dict.fromkeys(("text", *_ARRAYS.values()))
     for member, part in members(data):
         name, _, extension = member.partition(".")
         if name != key:
@@ -306,10 +335,16 @@ def _decode(key: str, data: bytes) -> dict[str, Any]:
                 array = read_npy(io.BytesIO(part), len(part))
             except ValueError as error:
                 raise ValueError(f"{extension} {error}") from None
-            if array.ndim != 2 or array.dtype != np.float32:
-                raise ValueError(f"{extension} is not a float32 array [T, D]")
-            sample[_ARRAYS[extension]] = array
+            if array.ndim != 2 or array.dtype not in STORED:
+                raise ValueError(f"{extension} is no float16 or float32 array [T, D]")
+            sample[_ARRAYS[extension]] = array.astype(np.float32, copy=False)
     return sample
 
 
-_ARRAYS = {"audio.npy": "audio", "text.npy": "text_features", "vision.npy": "vision"}
+STORED = (np.float32, np.float16)
+_ARRAYS = {
+    "audio.npy": "audio",
+    "text.npy": "text_features",
+    "simulated.npy": "simulated",
+    "vision.npy": "vision",
+}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from sharding.errors import UserError, UserErrors
 from sharding.order import EpochPlan
 from sharding.readahead import Readahead
-from sharding.shards import Dims, read_sample
+from sharding.shards import Dims, Features, read_record, read_sample
 from sharding.shuffle import Source
 from sharding.table import Table, open_table
 
@@ -35,6 +35,8 @@ class Contents(Protocol):
     def label_range(self) -> tuple[float, float]: ...
     @property
     def content_hash(self) -> str: ...
+    @property
+    def features(self) -> Features | None: ...
 
 
 class ShardedSplit(Dataset[Sample]):
@@ -81,8 +83,8 @@ class ShardedSplit(Dataset[Sample]):
 
         Returns:
             {"key", "index", "label", "audio": float32 [samples] in [-1, 1] or [T, D] or None, "text": str or None,
-            "text_features": float32 [T, D] or None, "vision": float32 [T, D] or None}, and "set_aside": reason where
-            a bad sample was set aside (all modalities None).
+            "text_features", "simulated", "vision": float32 [T, D] or None}, and "set_aside": reason where a bad
+            sample was set aside (all modalities None).
 
         Raises:
             IndexError: beyond the split.
@@ -96,12 +98,23 @@ class ShardedSplit(Dataset[Sample]):
         except UserError as error:
             if self.on_bad_sample == "stop":
                 raise
-            absent = dict.fromkeys(("audio", "text", "text_features", "vision"))
+            absent = dict.fromkeys(("audio", "text", "text_features", "simulated", "vision"))
             return sample | absent | {"set_aside": str(error)}
 
     def name_in_tar(self, index: int) -> str:
         """The key as the tar's members have it."""
         return self.keys[index]
+
+    def record(self, index: int) -> dict[str, Any]:
+        """KEY.json of a sample, whose bytes `__getitem__` has compared with their checksum.
+
+        Raises:
+            UserError: it is no JSON object.
+        """
+        c = self.columns
+        tar = int(c.tar[index])
+        data = os.pread(self.descriptor(tar), int(c.size[index]), int(c.offset[index]))
+        return read_record(self.name_in_tar(index), data, c.tars[tar])
 
     def _read(self, index: int) -> Sample:
         c = self.columns
@@ -212,6 +225,25 @@ def stream(
         raise ValueError(f"the plan is for {plan.samples} samples, the split has {len(split)}")
     ahead = Readahead(split.columns) if plan.shuffle and plan.window else None
     rows = rows_of_rank(plan, rank, start_step) if ahead is None else rows_behind(ahead, plan, rank, start_step)
+    try:
+        yield from load(split, rows, collate, workers=workers, pin_memory=pin_memory)
+    finally:
+        if ahead is not None:
+            ahead.close()
+
+
+Rows = list[tuple[int, bool]]
+
+
+def load(
+    split: ShardedSplit,
+    rows: Iterable[Rows],
+    collate: Callable[[list[Sample]], Any],
+    *,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Generator[Any]:
+    """The micro-batches of these rows (sample index, real); see `stream`."""
     loader = DataLoader(
         _Rows(split),
         batch_sampler=rows,
@@ -220,17 +252,10 @@ def stream(
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
     )
-    try:
-        for batch in loader:
-            if isinstance(batch, (UserError, UserErrors)):
-                raise batch
-            yield batch
-    finally:
-        if ahead is not None:
-            ahead.close()
-
-
-Rows = list[tuple[int, bool]]
+    for batch in loader:
+        if isinstance(batch, (UserError, UserErrors)):
+            raise batch
+        yield batch
 
 
 def rows_of_rank(plan: EpochPlan, rank: int, start: int, end: int | None = None) -> Iterator[Rows]:

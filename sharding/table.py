@@ -23,7 +23,7 @@ import safetensors.numpy
 from sharding.shards import Columns, DatasetInfo, ShardIndex, SplitInfo, load_dataset, load_info
 
 PLACES = ("tar", "offset", "size", "sha256", "label")
-LENGTHS = ("audio_seconds", "audio_frames", "text_characters", "text_frames", "vision_frames")
+LENGTHS = ("audio_seconds", "audio_frames", "text_characters", "text_frames", "simulated_frames", "vision_frames")
 
 
 class Keys(Sequence[str]):
@@ -145,7 +145,7 @@ class Table:
         offset, size: int64 [n], byte ranges.
         sha256: uint8 [n, 32].
         label: float64 [n].
-        audio_seconds, audio_frames, text_characters, text_frames, vision_frames: lengths.
+        audio_seconds, audio_frames, text_characters, text_frames, simulated_frames, vision_frames: lengths.
     """
 
     tars: list[str]
@@ -159,6 +159,7 @@ class Table:
     audio_frames: Lengths
     text_characters: Lengths
     text_frames: Lengths
+    simulated_frames: Lengths
     vision_frames: Lengths
 
     def __len__(self) -> int:

@@ -145,8 +145,8 @@ def check_point(
         UserError, UserErrors: it is wrong, or data and ranks do not fit.
     """
     recipe = load_recipe(path, point.overrides)
-    inputs = (recipe.audio.input, recipe.text.input, recipe.training.accumulation, settings.nodes, settings.ranks)
-    key = repr((recipe.data.model_dump_json(), *inputs))
+    inputs = (recipe.audio.input, recipe.text.input, recipe.simulation.rollout, recipe.training.accumulation)
+    key = repr((recipe.data.model_dump_json(), *inputs, settings.nodes, settings.ranks))
     if key not in known:
         errors: list[UserError] = []
         with collected(errors):

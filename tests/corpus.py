@@ -22,19 +22,20 @@ NO_MOUNT = "runs as root, whom no mode binds, and cannot mount read-only"
 
 def random_sample(rng: np.random.Generator, key: str, *, vision_width: int = 5) -> dict[str, Any]:
     """Arguments of `pack_sample`; each modality absent in a fifth of the samples."""
-    here = rng.random(4) > 0.2
+    here = rng.random(5) > 0.2
     return {
         "key": key,
         "label": round(float(rng.uniform(*LABELS)), 3),
         "audio": rng.integers(-32768, 32768, rng.integers(400, 900)).astype(np.float32) / 32768 if here[0] else None,
         "text": "naïve „Wörter“ " * int(rng.integers(1, 4)) if here[1] else None,
         "text_features": rng.normal(size=(rng.integers(1, 9), 7)).astype(np.float32) if here[2] else None,
+        "simulated": rng.normal(size=(rng.integers(1, 9), 7)).astype(np.float32) if here[4] else None,
         "vision": rng.normal(size=(rng.integers(1, 9), vision_width)).astype(np.float32) if here[3] else None,
     }
 
 
 def write_corpus(out: Path, samples: list[dict[str, Any]], samples_per_shard: int, split: Any = "train") -> None:
-    dims = Dims(audio="waveform", text=7, vision=5)
+    dims = Dims(audio="waveform", text=7, simulated=7, vision=5)
     with write_dataset(out, dims=dims, label_range=LABELS, samples_per_shard=samples_per_shard) as writer:
         for sample in samples:
             writer.add(split, pack_sample(split=split, **sample))

@@ -38,6 +38,7 @@ def clip(rng: np.random.Generator, *, audio: bool = True, text: bool = True, vis
         "audio": rng.uniform(-0.5, 0.5, samples).astype(np.float32) if audio else None,
         "text": " ".join(rng.choice(WORDS, rng.integers(1, 9))) if text else None,
         "text_features": None,
+        "simulated": None,
         "vision": rng.normal(size=(rng.integers(1, 9), VISION_WIDTH)).astype(np.float32) if vision else None,
     }
 

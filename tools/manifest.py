@@ -20,8 +20,8 @@ from sharding.shards import LARGEST_LABEL, LONGEST_KEY, Split
 from tools.sources import Features, Media
 
 REQUIRED = ("key", "label", "split")
-FILES = ("audio", "text_features", "vision")
-MODALITIES = ("audio", "text", "text_features", "vision")
+FILES = ("audio", "text_features", "simulated", "vision")
+MODALITIES = ("audio", "text", "text_features", "simulated", "vision")
 FILM_SUFFIXES = (".mp4", ".mkv", ".avi", ".mov", ".webm")
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".npy", *FILM_SUFFIXES)
 COLUMNS = (*REQUIRED, MODALITIES)
@@ -46,6 +46,7 @@ class Row:
     text: str | None
     text_features: Path | Features | None
     vision: Path | Features | None
+    simulated: Path | Features | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,8 +65,8 @@ def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0)) ->
     """Read and check a manifest.
 
     Columns: key, label, split (train, valid, test), and at least one of audio (wav, flac, ogg, mp3, a film, or .npy
-    features [T, D]), text (transcript), text_features (.npy), vision (.npy). Paths are relative to the manifest. Other
-    columns are kept. Any modality may be empty, not all of them.
+    features [T, D]), text (transcript), text_features (.npy), simulated (.npy: features of imagined text), vision
+    (.npy). Paths are relative to the manifest. Other columns are kept. Any modality may be empty, not all of them.
 
     Args:
         path: CSV with a header, or one JSON object per line (.jsonl, .ndjson); UTF-8.

@@ -40,13 +40,13 @@ def find_dims(rows: list[Row]) -> Dims:
     Reads the headers of at most VOTERS files of each kind, spread over the manifest. Unreadable files are passed over
     here and reported by `prepare`.
     """
-    most = {}
+    most: dict[str, int | str | None] = {}
     for name in FILES:
         sources = [source for row in rows if (source := getattr(row, name)) is not None]
         widths = Counter(map(_width, sources[:: -(-len(sources) // VOTERS) or 1]))
         widths.pop(None, None)
         most[name] = widths.most_common(1)[0][0] if widths else None
-    return Dims.model_validate({"audio": most["audio"], "text": most["text_features"], "vision": most["vision"]})
+    return Dims.model_validate({**most, "text": most.pop("text_features")})
 
 
 def _width(source: Path | Media | Features) -> int | str | None:
@@ -82,9 +82,13 @@ def prepare(row: Row, dims: Dims, fill: bool = False) -> Prepared | UserError:
             if dims.audio != "waveform":
                 raise _bad(row.audio, f"is a waveform, most audio of this corpus is features of width {dims.audio}")
             audio = read_waveform(row.audio, done)
-        text, vision = (
+        text, simulated, vision = (
             None if source is None else read_features(source, width, fill, done)
-            for source, width in ((row.text_features, dims.text), (row.vision, dims.vision))
+            for source, width in (
+                (row.text_features, dims.text),
+                (row.simulated, dims.simulated),
+                (row.vision, dims.vision),
+            )
         )
         packed = pack_sample(
             row.key,
@@ -93,6 +97,7 @@ def prepare(row: Row, dims: Dims, fill: bool = False) -> Prepared | UserError:
             audio=audio,
             text=row.text,
             text_features=text,
+            simulated=simulated,
             vision=vision,
             extra=row.extra,
         )

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from dist_train.keys import flat
 from sharding.errors import UserError, UserErrors, plain
 from sharding.shard_writer import lengths, write_dataset
 from sharding.shards import (
@@ -36,13 +37,12 @@ from sharding.shards import (
     read_sample,
 )
 from sharding.signals import interrupt_blocked
-from sharding.table import columns_path, read_columns, table_of
+from sharding.table import LENGTHS, columns_path, read_columns, table_of
 from tools.imports.frames import FrameEncoder, with_frames
 from tools.manifest import Manifest, Row, capped, check_label_range, read_manifest
 from tools.progress import progress_bar
 from tools.samples import Prepared, find_dims, prepare
 
-LENGTHS = ("audio_seconds", "audio_frames", "text_characters", "text_frames", "vision_frames")
 SCALE_CLIPS, UNEQUAL = 64, 100  # clips looked at, and the ratio of column spreads that is remarked
 QUANTILES = (0.0, 0.1, 0.5, 0.9, 1.0)
 _DONE = {
@@ -170,6 +170,8 @@ def inspect(directory: Path, *, as_json: bool) -> None:
         numbers = [f"{found[name]:.3f}" for name in ("min", "median", "mean", "max")]
         labels.add_row(split, *numbers, bars(found["counts"]))
     console.print(lengths, labels)
+    if info.features is not None:
+        print(f"features made with {', '.join(f'{key} {_short(value)}' for key, value in flat(info.features).items())}")
     examples = Table("split", "key", "label", "audio", "text", "vision", title="First samples")
     for sample in summary["samples"]:
         examples.add_row(*(_short(value) for value in sample.values()))
@@ -309,7 +311,7 @@ def _scale_notes(dataset: Dataset) -> list[str]:
     """Features whose columns differ more than hundredfold in spread: nothing later brings them to one scale."""
     notes, indexes, dims = [], next(iter(dataset.indexes.values())), dataset.info.dims
     rows = [sample for _, sample in _read_tar(dataset.root, indexes[0], dims, SCALE_CLIPS)]
-    for name in ("audio", "text_features", "vision"):
+    for name in ("audio", "text_features", "simulated", "vision"):
         found = [row[name] for row in rows if not isinstance(row, UserError) and row[name] is not None]
         if not found or found[0].ndim == 1:
             continue

@@ -21,7 +21,7 @@ from dist_train.rollout import remember
 from tests import tiny
 from tests.ranks import run_ranks
 
-FEATURES = {"audio": 7, "text": 6, "vision": tiny.VISION_WIDTH}
+FEATURES = {"audio": 7, "text": 6, "simulated": 6, "vision": tiny.VISION_WIDTH}
 EVERYTHING = {"audio": True, "text": True, "vision": True}
 RAGGED = [EVERYTHING, {**EVERYTHING, "text": False}, {**EVERYTHING, "audio": False}, {**EVERYTHING, "vision": False}]
 NOTHING = dict.fromkeys(EVERYTHING, False)
@@ -50,6 +50,8 @@ def clips(made: Recipe, has: list[dict[str, bool]], seed: int | None = None) -> 
         for kind, field in (("audio", "audio"), ("text", "text_features")):
             if getattr(made, kind).input == "features" and kinds[kind]:
                 sample[field] = rng.normal(size=(rng.integers(1, 30), FEATURES[kind])).astype(np.float32)
+        if kinds["audio"]:
+            sample["simulated"] = rng.normal(size=(rng.integers(1, 30), FEATURES["simulated"])).astype(np.float32)
         found.append(sample)
     return found
 
@@ -61,12 +63,14 @@ def assert_alike(left: FlowOutput, right: FlowOutput) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rollout", "kind"), [("prefix", "waveform"), ("generate", "waveform"), ("generate", "features")]
+    ("rollout", "kind"),
+    [("prefix", "waveform"), ("generate", "waveform"), ("generate", "features"), ("features", "features")],
 )
 def test_a_prediction_does_not_depend_on_batch_neighbours(
     rollout: str, kind: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    made = recipe(simulation={"rollout": rollout}, audio={"input": kind})
+    text = {"input": "features", "config": None} if rollout == "features" else {}
+    made = recipe(simulation={"rollout": rollout}, audio={"input": kind}, text=text)
     model, collate = build(made, tokenizer)
     model.double()  # so that nothing but a real dependence is above the tolerance
     chosen = clips(made, [*RAGGED, NOTHING, EVERYTHING])
@@ -162,7 +166,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 TUNINGS = [("frozen", "frozen"), ("full", "full"), ("lora", "lora")]
 
 
-@pytest.mark.parametrize("rollout", ["prefix", "generate", "cached", "none"])
+@pytest.mark.parametrize("rollout", ["prefix", "generate", "cached", "features", "none"])
 @pytest.mark.parametrize("imagines", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_every_batch_gives_every_trainable_parameter_a_gradient(
     rollout: str, imagines: bool, pretrained: dict[str, str], tokenizer: PreTrainedTokenizerBase, world_of_one: None
@@ -170,16 +174,20 @@ def test_every_batch_gives_every_trainable_parameter_a_gradient(
     """What ZeRO relies on: whatever clips lack, the same parameters get a gradient, by the same losses."""
     batches = [RAGGED, [NOTHING] * 2, *([{**EVERYTHING, kind: False}] * 2 for kind in EVERYTHING)]
     for text, audio, tuning in product(["transcript", "features"], ["waveform", "features"], TUNINGS):
-        if rollout == "none" and text == "features" and tuning[1] != "frozen":
-            continue  # refused: nothing uses the language model
+        if rollout == "features" and text == "transcript":
+            continue  # refused: two language models
+        unread = rollout in ("none", "features") and text == "features"  # no language model
+        if unread and tuning[1] != "frozen":
+            continue
+        folder = None if unread else pretrained["text"]
         made = recipe(
             simulation={"rollout": rollout, "max_new_tokens": 2},
             imagination={"enabled": imagines},
             audio={"input": audio, "pretrained": pretrained["audio"], "config": None, "tuning": tuning[0]},
-            text={"input": text, "pretrained": pretrained["text"], "config": None, "tuning": tuning[1]},
+            text={"input": text, "pretrained": folder, "config": None, "tuning": tuning[1]},
         )
-        model = build_model(made, tokenizer).train()
-        collate = build_collator(made, tokenizer, model)
+        model = build_model(made, None if unread else tokenizer).train()
+        collate = build_collator(made, None if unread else tokenizer, model)
         wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         assert any(name.startswith("fusion") for name in wanted)
         assert any(name.startswith("llm") for name in wanted) == (tuning[1] != "frozen")

@@ -79,7 +79,7 @@ def test_all_problems_are_told_at_once(path: Path) -> None:
         ),
         ("optimizer.learning_rate=.inf", "optimizer.learning_rate", "Write a number, above 0."),
         ("simulation.prompt=3", "simulation.prompt", "Write text."),
-        ("simulation.rollout=beam", "simulation.rollout", "Write generate, cached, prefix or none."),
+        ("simulation.rollout=beam", "simulation.rollout", "Write generate, cached, prefix, features or none."),
         ("imagination.enabled=perhaps", "imagination.enabled", "Write true or false."),
         ("training.patience=0", "training.patience", "Write a whole number, at least 1, or null."),
         ("epochs=3", "epochs", "Did you mean training.epochs?"),
@@ -152,10 +152,11 @@ def test_conflicts(path: Path) -> None:
         assert errors_of(path, override)["text"].problem == "needs exactly one of pretrained and config"
     assert errors_of(path, "audio.config=null").keys() == {"audio"}
     load_recipe(path, ["audio.config=null", "audio.input=features"])
-    unused = ["text.input=features", "simulation.rollout=none"]
-    for tuning in ("lora", "full"):
-        assert "frozen" in errors_of(path, *unused, f"text.tuning={tuning}")["text.tuning"].remedy
-    load_recipe(path, [*unused, "text.tuning=frozen"])
+    for rollout in ("none", "features"):
+        unread = ["text.input=features", f"simulation.rollout={rollout}"]
+        assert errors_of(path, *unread)["text.config"].remedy == "Leave it out."
+        load_recipe(path, [*unread, "text.config=null"])
+    assert "text.input: features" in errors_of(path, "simulation.rollout=features")["simulation.rollout"].remedy
     assert "full" in errors_of(path, "text.tuning=frozen")["text.tuning"].remedy
     for override in ("text.input=features", "simulation.rollout=none"):
         assert "loss.asr: 0" in errors_of(path, override, "loss.asr=0.1")["loss.asr"].remedy
@@ -164,7 +165,7 @@ def test_conflicts(path: Path) -> None:
     assert "transcription" in errors_of(path, *nothing, "loss.asr=1")["training.select_on"].remedy
     load_recipe(path, [*nothing, "loss.asr=1", "training.select_on=transcription"])
     assert "loss.asr" in errors_of(path, "training.select_on=transcription")["training.select_on"].problem
-    unread = ["text.tuning=frozen", "text.input=features", "simulation.rollout=none", "simulation.projector=x"]
+    unread = ["text.config=null", "text.input=features", "simulation.rollout=none", "simulation.projector=x"]
     assert errors_of(path, *unread).keys() == {"simulation.projector"}
 
 

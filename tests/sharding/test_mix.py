@@ -14,7 +14,7 @@ from sharding.shuffle import Source
 from sharding.stream import ShardedSplit
 from tests.corpus import LABELS, random_sample, write_corpus
 
-CONTENT = ("label", "audio", "text", "text_features", "vision")
+CONTENT = ("label", "audio", "text", "text_features", "simulated", "vision")
 
 
 @pytest.fixture

@@ -78,7 +78,10 @@ def rows(samples: list[dict[str, Any]]) -> list[tuple[str, bool, str]]:
 
 
 def digest(sample: dict[str, Any]) -> str:
-    parts = [None if sample[name] is None else sample[name].tobytes() for name in ("audio", "text_features", "vision")]
+    parts = [
+        None if sample[name] is None else sample[name].tobytes()
+        for name in ("audio", "text_features", "simulated", "vision")
+    ]
     return hashlib.sha256(repr([sample["label"], sample["text"], *parts]).encode()).hexdigest()
 
 

@@ -18,7 +18,7 @@ from sharding.shard_writer import pack_sample, write_dataset
 from sharding.shards import Dims, load_dataset, load_info, read_sample
 from tests.corpus import LABELS, forbidden_directory, random_sample, small_disk, write_corpus
 
-DIMS = Dims(audio="waveform", text=7, vision=5)
+DIMS = Dims(audio="waveform", text=7, simulated=7, vision=5)
 KEYS = [f"clip_{i:03d}" for i in range(20)] + ["schöne Grüße", "k" * 150, "日本" * 60]
 
 
@@ -39,7 +39,7 @@ def corpus(tmp_path, samples):
 
 
 def _same(found, sample):
-    for name in ("audio", "text", "text_features", "vision"):
+    for name in ("audio", "text", "text_features", "simulated", "vision"):
         a, b = found[name], sample[name]
         assert (a is None) == (b is None), name
         if b is not None:
@@ -65,6 +65,7 @@ def test_round_trip(corpus, samples):
         assert row["audio_seconds"] == (None if sample["audio"] is None else len(sample["audio"]) / 16000)
         assert row["text_characters"] == (None if sample["text"] is None else len(sample["text"]))
         assert row["text_frames"] == (None if sample["text_features"] is None else len(sample["text_features"]))
+        assert row["simulated_frames"] == (None if sample["simulated"] is None else len(sample["simulated"]))
         assert row["vision_frames"] == (None if sample["vision"] is None else len(sample["vision"]))
 
 

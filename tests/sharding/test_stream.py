@@ -60,9 +60,9 @@ def test_samples_are_what_was_written_in_key_order(root, samples):
     assert (split.dims.audio, split.dims.vision, len(split)) == ("waveform", 5, len(samples))
     for i, sample in enumerate(expected):
         found = split[i]
-        assert set(found) == {"key", "index", "label", "audio", "text", "text_features", "vision"}
+        assert set(found) == {"key", "index", "label", "audio", "text", "text_features", "simulated", "vision"}
         assert (found["key"], found["index"], found["label"]) == (sample["key"], i, sample["label"])
-        for name in ("audio", "text", "text_features", "vision"):
+        for name in ("audio", "text", "text_features", "simulated", "vision"):
             assert np.array_equal(found[name], sample[name]) if sample[name] is not None else found[name] is None
     for beyond in (-1, len(samples)):
         with pytest.raises(IndexError):
@@ -167,7 +167,7 @@ def test_bad_sample_is_set_aside_and_counted_once(root, samples, workers):
     for sample in found:
         if sample["key"] == key:
             assert not sample["real"] and sample["label"] == samples[11]["label"]
-            assert all(sample[name] is None for name in ("audio", "text", "text_features", "vision"))
+            assert all(sample[name] is None for name in ("audio", "text", "text_features", "simulated", "vision"))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

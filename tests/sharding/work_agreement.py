@@ -41,20 +41,26 @@ class LeftOut(nn.Module):
 
 def random_recipe(rng: np.random.Generator, audio: str, text: str) -> Recipe:
     """Any way to imagine, hear, read and tune; `audio` and `text` are folders of pretrained models."""
-    rollout = str(rng.choice(["prefix", "generate", "cached", "none"]))
+    rollout = str(rng.choice(["prefix", "generate", "cached", "features", "none"]))
     kinds = {"audio": str(rng.choice(["waveform", "features"])), "text": str(rng.choice(["transcript", "features"]))}
+    if rollout == "features":
+        kinds["text"] = "features"
     tuning = {kind: str(rng.choice(["frozen", "full", "lora"])) for kind in kinds}
-    if rollout == "none" and kinds["text"] == "features":
-        tuning["text"] = "frozen"  # nothing uses the language model
+    unread = rollout in ("none", "features") and kinds["text"] == "features"
     transcribes = rollout != "none" and kinds["text"] == "transcript" and rng.integers(2) == 1
     return tiny.recipe(
         Path("none"),
         seed=int(rng.integers(2**31)),
-        widths={"audio": 7, "text": 6, "vision": tiny.VISION_WIDTH},
+        widths={"audio": 7, "text": 6, "simulated": 6, "vision": tiny.VISION_WIDTH},
         simulation={"rollout": rollout, "max_new_tokens": 2 + dist.get_rank()},  # ranks decode other numbers of tokens
         imagination={"enabled": bool(rng.integers(2))},
         audio={"input": kinds["audio"], "pretrained": audio, "config": None, "tuning": tuning["audio"]},
-        text={"input": kinds["text"], "pretrained": text, "config": None, "tuning": tuning["text"]},
+        text={
+            "input": kinds["text"],
+            "pretrained": None if unread else text,
+            "config": None,
+            "tuning": tuning["text"],
+        },
         loss={"asr": 0.5 if transcribes else 0.0},
     )
 
@@ -69,6 +75,8 @@ def random_clips(rng: np.random.Generator, recipe: Recipe) -> tuple[list[dict[st
             clip["audio"] = rng.normal(size=(rng.integers(1, 30), recipe.widths.audio)).astype(np.float32)
         if has["text"] and recipe.text.input == "features":
             clip["text_features"] = rng.normal(size=(rng.integers(1, 9), recipe.widths.text)).astype(np.float32)
+        if has["audio"]:
+            clip["simulated"] = rng.normal(size=(rng.integers(1, 9), recipe.widths.simulated)).astype(np.float32)
         samples.append(clip)
         presence.append([*has.values(), clip["real"]])
     return samples, presence

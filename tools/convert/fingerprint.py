@@ -93,7 +93,7 @@ def entries(ours: str, names: list[str], base: Base, run: Run, settings: Any) ->
 
 def cut_off(run: Run, config: PretrainedConfig, name: str) -> bool:
     """Whether a run's WavLM lacks a weight because nothing reads the layers above `audio.layer`."""
-    if run.recipe.simulation.rollout != "none":
+    if run.recipe.simulation.imagines:
         return False
     count = config.num_hidden_layers
     layer = run.recipe.audio.layer % (count + 1)

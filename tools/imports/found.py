@@ -113,7 +113,7 @@ class Found:
             self.renamed[key] = name
             kept = {"name": name, **kept}
         kept = {name: value for name, value in kept.items() if value is not None}
-        self.rows.append(Row(key, value, split, audio, text, text_features, vision, kept))
+        self.rows.append(Row(key, value, split, audio, text, text_features, vision, extra=kept))
 
     def problem(self, name: str, problem: str, remedy: str) -> None:
         """A clip that is damaged: it stops the import, or is set aside."""
