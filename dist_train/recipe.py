@@ -17,19 +17,17 @@ from pydantic_core import ErrorDetails
 from dist_train.adapters import TuningSettings
 from dist_train.audio import AudioSettings
 from dist_train.batch import DataSettings
-from dist_train.filterbank import fits_filterbank
 from dist_train.fusion import FusionSettings
 from dist_train.imagination import ImaginationSettings
-from dist_train.llm import SimulationSettings, TextSettings, text_problems
+from dist_train.llm import SimulationSettings, TextSettings
 from dist_train.losses import LossSettings
 from dist_train.missing import Missing
 from dist_train.optimizer import OptimizerSettings, ScheduleSettings
-from dist_train.pretrained import make_config
+from dist_train.recipe_conflicts import conflicts
 from dist_train.recipe_file import read_values, write_values
 from dist_train.refine import RefineSettings
-from dist_train.speech_encoders import WAVLM, config_is_wrong, too_long
 from sharding.errors import UserError, UserErrors
-from sharding.rules import Case, domains, incompatible
+from sharding.rules import Case, domains
 from sharding.saver import CheckpointSettings
 from sharding.zero import ZeroSettings
 
@@ -130,116 +128,6 @@ class Recipe(BaseModel):
         """Whether a language model reads transcripts or imagines text; else all text comes as features, or none."""
         return self.text.input == "transcript" or self.simulation.imagines
 
-    def conflicts(self) -> Iterable[UserError]:
-        """Fields that are right by themselves and wrong together."""
-        yield from self.data.conflicts()
-        if self.audio.input == "waveform" and (self.audio.pretrained is None) == (self.audio.config is None):
-            yield UserError(
-                "audio",
-                "needs exactly one of pretrained and config",
-                "Write audio.pretrained: microsoft/wavlm-large (or a folder), or audio.config: {…}.",
-            )
-        yield from self.text_conflicts()
-        if self.audio.config is not None:
-            problems = list(config_is_wrong(self.audio.config))
-            if not problems and self.audio.input == "waveform":
-                problems += too_long(make_config(self.audio.config, WAVLM), self.audio.max_seconds)
-            yield from problems
-            if self.audio.start == "filterbank" and not problems and not fits_filterbank(self.audio.config):
-                yield UserError(
-                    "audio.start",
-                    "is filterbank, but audio.config has other convolutions than two of [4·n, 2·n] channels",
-                    "Write audio.config.conv_dim: [128, 64] for 32 bands and feat_extract_norm: layer, or audio.start: "
-                    "random.",
-                )
-        yield from self.loss_conflicts()
-        yield from incompatible(self.cases())
-
-    def text_conflicts(self) -> Iterable[UserError]:
-        """The language model against what reads it."""
-        given = [name for name in ("pretrained", "config") if getattr(self.text, name) is not None]
-        if self.reads_language_model and len(given) != 1:
-            yield UserError(
-                "text",
-                "needs exactly one of pretrained and config",
-                "Write text.pretrained: lmsys/vicuna-7b-v1.5 (or a folder), or text.config: {…}.",
-            )
-        if not self.reads_language_model:
-            for name in given:
-                yield UserError(
-                    f"text.{name}",
-                    f"describes a language model that nothing reads (text.input: {self.text.input}, "
-                    f"simulation.rollout: {self.simulation.rollout})",
-                    "Leave it out.",
-                )
-            return
-        if self.simulation.rollout == "features":
-            yield UserError(
-                "simulation.rollout",
-                "is features, but text.input is transcript: real and imagined text must be states of one model",
-                "Write text.input: features, or simulation.rollout: generate.",
-            )
-        if self.text.config is not None:
-            yield from text_problems(self.text.config)
-            if self.text.tuning == "frozen":
-                yield UserError(
-                    "text.tuning",
-                    "freezes a language model with random weights, which can tell nothing of a transcript",
-                    "Write text.tuning: full.",
-                )
-
-    def loss_conflicts(self) -> Iterable[UserError]:
-        """Losses against what there is to train and to judge by."""
-        if not self.loss.compares_flows and self.loss.asr == 0:
-            yield UserError("loss", "gives every term the weight 0", "Write loss.mse_complete: 0.5, or loss.asr: 1.")
-        judges = self.training.select_on
-        if self.loss.asr == 0 and judges == "transcription":
-            yield UserError(
-                "training.select_on", "is transcription, and loss.asr is 0", "Write loss.asr: 1, or select_on: mean."
-            )
-        if self.loss.asr > 0 and not self.loss.compares_flows and judges != "transcription":
-            yield UserError(
-                "training.select_on",
-                f"is {judges}, but no loss trains the flows' predictions",
-                "Write training.select_on: transcription.",
-            )
-        if self.loss.asr > 0 and self.text.input == "features":
-            yield UserError("loss.asr", "needs transcripts, and text.input is features", "Write loss.asr: 0.")
-        rollout = self.simulation.rollout
-        if self.missing in ("audio", "vision") and rollout != "none" and self.loss.asr == 0:
-            yield UserError(
-                "simulation.rollout",
-                f"imagines text, which no flow lacks (missing: {self.missing})",
-                "Write simulation.rollout: none, or missing: random.",
-            )
-        if self.imagination.cmpt:
-            if rollout != "none":
-                yield UserError(
-                    "simulation.rollout",
-                    f"is {rollout}, and imagination: cmpt has proxies in the place of imagined text",
-                    "Write simulation.rollout: none.",
-                )
-            if self.audio.input == "waveform" and (self.audio.config or {}).get("model_type") == "whisper":
-                yield UserError(
-                    "audio.config", "is a Whisper, which takes no proxy tokens", "Use WavLM, HuBERT or wav2vec 2.0."
-                )
-        if self.imagination.kind != "mia" and self.fusion.width % self.imagination.heads:
-            yield UserError(
-                "imagination.heads",
-                f"is {self.imagination.heads}, which does not divide fusion.width = {self.fusion.width}",
-                "Write a divisor of it.",
-            )
-        if self.simulation.projector is not None and not self.simulation.imagines:
-            yield UserError(
-                "simulation.projector", f"is of no use where simulation.rollout is {rollout}", "Leave it out."
-            )
-        if self.loss.asr > 0 and not self.simulation.imagines:
-            yield UserError(
-                "loss.asr",
-                f"has the language model hear the clip, and simulation.rollout is {rollout}",
-                "Write simulation.rollout: prefix, or loss.asr: 0.",
-            )
-
     def cases(self) -> dict[str, Case]:
         """Each pretrained part and the settings around it, as the compatibility rules see them."""
         parts: dict[str, TuningSettings] = {"text": self.text} if self.reads_language_model else {}
@@ -293,7 +181,7 @@ def validate(values: dict[str, Any]) -> Recipe:
         except ValidationError:
             raise UserErrors(errors) from None
     # A section with a wrong value may conflict with itself only because of the default put in its place.
-    errors += [conflict for conflict in recipe.conflicts() if conflict.where.split(".")[0] not in wrong]
+    errors += [conflict for conflict in conflicts(recipe) if conflict.where.split(".")[0] not in wrong]
     if errors:
         raise UserErrors(errors)
     return recipe
