@@ -103,7 +103,9 @@ def test_imagined_text_is_kept_as_it_was_decoded(shards: Path, tokenizer: PreTra
         flows = model(batch)
         assert flows.answers is not None
         rows = zip(batch["index"].tolist(), batch["audio_present"].tolist(), *flows.answers, strict=True)
-        heard.update({index: tokenizer.decode(ids[mask].tolist()) if has else "" for index, has, ids, mask in rows})
+        heard.update(
+            {index: str(tokenizer.decode(ids[mask].tolist())) if has else "" for index, has, ids, mask in rows}
+        )
         return flows
 
     found = run(made, tokenizer, listening)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from dist_train import figures
+from dist_train import clip_media, figures
 from dist_train.report import write_report
 from dist_train.report_clips import choose
 from dist_train.run_record import read_run
@@ -47,7 +47,7 @@ def write_clips(root: Path, rng: np.random.Generator, clips: int = 6, **texts: s
         for number in range(clips):
             key = f"clip {number} <b>$" if number == 3 else f"clip{number}"
             samples = 12 * RATE if number == 0 else int(rng.integers(1000, 5000))
-            clip = {
+            clip: dict[str, Any] = {
                 "label": round(float(rng.uniform(-3, 3)), 3),
                 "audio": None if number == 1 else rng.uniform(-0.9, 0.9, samples).astype(np.float32),
                 "text": None if number == 2 else texts.get(f"text{number}", f"the words of {number} é"),
@@ -218,6 +218,17 @@ def test_one_damaged_clip_and_one_of_another_label_are_told_and_the_others_shown
     assert "now has another clip clip4" in cards["clip4"] and "words of 4" not in cards["clip4"]
     assert "has no clip gone any more" in cards["gone"]
     assert "<audio" in cards["clip5"] and "can be shown" not in cards["clip5"]
+
+
+def test_a_clip_too_large_to_be_one_is_not_read(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clips = write_clips(tmp_path / "shards", rng)
+    write_run(tmp_path / "run", {"path": str(tmp_path / "shards")}, clips, rng)
+    monkeypatch.setattr(clip_media, "MOST_SAMPLE", 200_000)
+    _, cards = page_of(tmp_path / "run")
+    assert [key for key, card in cards.items() if "at most 200000 are read" in card] == ["clip0"]
+    assert "<audio" not in cards["clip0"] and "<audio" in cards["clip4"]
 
 
 @pytest.mark.parametrize(
