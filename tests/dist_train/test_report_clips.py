@@ -119,7 +119,8 @@ def test_clips_of_a_mix_are_found_by_name(tmp_path: Path, rng: np.random.Generat
     assert sorted(key for key, card in cards.items() if "<audio" in card) == ["here/clip0", "there/clip0"]
 
 
-def test_the_rules_choose_what_they_say(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("draw", range(10))
+def test_the_rules_choose_what_they_say(rng: np.random.Generator, draw: int) -> None:
     n = int(rng.integers(8, 60))
     label = rng.integers(-3, 4, n).astype(float)
     flows = {flow: rng.integers(-6, 7, n) / 2 for flow in ("complete", "missing")}  # many ties
