@@ -12,15 +12,19 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.numpy import save_file
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from dist_train.batch import Collator
 from dist_train.build import build_collator, build_model, kept_tokenizer, open_split, to_device
 from dist_train.costs import clip_costs
 from dist_train.fusion import REPRESENTATION_WIDTH
 from dist_train.metrics import floors, gap, valence_metrics
+from dist_train.model import Flows
+from dist_train.packed import Tokens
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
+from dist_train.run_record import one_line
 from dist_train.run_state import PARTS, check_bases, read_run_state
 from sharding.budget import Cost
 from sharding.checkpoint import fingerprints, load_weights
@@ -37,8 +41,11 @@ SHOWN_KEYS = 8  # named in a message
 
 @dataclass
 class Predictions:
-    """Both flows over a split, in key order, on all ranks. Arrays of n clips; representations of the first
-    SHOWN_CLIPS.
+    """Both flows over a split, in key order, on all ranks. Arrays of n clips.
+
+    representations: of the first SHOWN_CLIPS clips, "complete" and "missing" [m, 128] and "label" [m]; with VGMR also
+        "refine_complete" and "refine_missing" [m, 3, k + 1], what it thinks of audio, text and vision: g and the mean
+        of p as far as the recipe has them, and the gate.
     """
 
     keys: list[str]
@@ -47,9 +54,25 @@ class Predictions:
     missing: np.ndarray
     present: np.ndarray  # [n, 3] audio, text, vision
     asr: np.ndarray  # [n, 2] nats of the transcript given the audio, and its tokens; 0 and 0 without
+    said: list[str]  # the imagined text, "" where none was decoded
     representations: dict[str, np.ndarray]
     set_aside: list[str]
     imagined: np.ndarray | None = None  # [n, 2] with ProMMA: whether text is wanted, and whether it was imagined
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is said of one clip."""
+
+    index: int
+    label: float
+    complete: float
+    missing: float
+    present: list[bool]
+    asr: list[float]
+    judged: list[float]
+    said: str
+    shown: dict[str, np.ndarray] | None  # of a clip whose representations are kept
 
 
 @torch.no_grad()
@@ -73,7 +96,7 @@ def predict(
         UserError: no clip of the split could be read, or a prediction is not finite.
     """
     plan = EpochPlan(len(split), batch, 1, dist.get_world_size(), seed=0, epoch=0, shuffle=False, costs=costs)
-    rows: list[tuple[Any, ...]] = []
+    rows: list[Row] = []
     problems: list[str] = []
     batches = stream(split, plan, dist.get_rank(), collate, workers=workers)
     for _ in range(sum(plan.micro_steps(step) for step in range(plan.steps))):
@@ -83,25 +106,28 @@ def predict(
         problems += micro.pop("set_aside")
         flows = model(to_device(micro, device()))
         present = torch.stack([micro["audio_present"], micro["text_present"], micro["vision_present"]], 1)
-        values = [micro["index"], micro["label"], flows.complete.prediction, flows.missing.prediction, present]
         asr = torch.zeros(len(micro["label"]), 2) if flows.asr is None else flows.asr
         judged = flows.notes["worth"][:, 1:] if "worth" in flows.notes else asr.new_full(asr.shape, torch.nan)
-        values += [asr, judged, flows.complete.representation, flows.missing.representation]
-        arrays = [value.float().cpu().numpy() if value.is_floating_point() else value.cpu().numpy() for value in values]
-        for index, label, complete, missing, has, spoken, imagined, *representations in (
-            tuple(array[row] for array in arrays) for row in np.flatnonzero(micro["real"].numpy())
-        ):
-            shown = [representation.copy() for representation in representations] if index < SHOWN_CLIPS else None
-            rows.append(
-                (
-                    *(int(index), float(label), float(complete), float(missing), has.tolist(), shown),
-                    *(spoken.tolist(), imagined.tolist()),
-                )
-            )
-    rows = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row[0])
+        said = [""] * len(asr) if flows.answers is None else written(flows.answers, collate.tokenizer)
+        vectors = {name: value.float().cpu().numpy() for name, value in shown_of(flows).items()}
+        columns: dict[str, list[Any]] = {
+            "index": micro["index"].tolist(),
+            "label": micro["label"].tolist(),
+            "complete": flows.complete.prediction.tolist(),
+            "missing": flows.missing.prediction.tolist(),
+            "present": present.tolist(),
+            "asr": asr.tolist(),
+            "judged": judged.tolist(),
+            "said": said,
+        }
+        for row in micro["real"].nonzero().flatten().tolist():
+            keeps = columns["index"][row] < SHOWN_CLIPS
+            shown = {name: value[row].copy() for name, value in vectors.items()} if keeps else None
+            rows.append(Row(**{name: column[row] for name, column in columns.items()}, shown=shown))
+    rows = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row.index)
     if not rows:
         raise UserError(f"split {split.split}", "has no clip that could be read", "Run `dist-train shards verify`.")
-    wild = [split.keys[row[0]] for row in rows if not np.isfinite(row[2:4]).all()]
+    wild = [split.keys[row.index] for row in rows if not np.isfinite([row.complete, row.missing]).all()]
     if wild:
         raise UserError(
             f"split {split.split}",
@@ -109,22 +135,39 @@ def predict(
             "Look at these clips (`dist-train shards verify`), lower optimizer.learning_rate or set "
             "optimizer.clip_norm.",
         )
-    shown_rows = [row for row in rows if row[5] is not None]
+    shown_rows = [(row.label, row.shown) for row in rows if row.shown is not None]
+    kept = {name: np.array([shown[name] for _, shown in shown_rows], np.float32) for name in vectors}
+    for flow in ("complete", "missing"):
+        kept[flow] = kept[flow].reshape(-1, REPRESENTATION_WIDTH)
     return Predictions(
-        keys=[split.keys[row[0]] for row in rows],
-        label=np.array([row[1] for row in rows], dtype=np.float32),
-        complete=np.array([row[2] for row in rows], dtype=np.float32),
-        missing=np.array([row[3] for row in rows], dtype=np.float32),
-        present=np.array([row[4] for row in rows], dtype=bool),
-        asr=np.array([row[6] for row in rows], dtype=np.float64),
-        imagined=None if np.isnan(rows[0][7]).any() else np.array([row[7] for row in rows]),
-        representations={
-            "complete": np.array([row[5][0] for row in shown_rows], np.float32).reshape(-1, REPRESENTATION_WIDTH),
-            "missing": np.array([row[5][1] for row in shown_rows], np.float32).reshape(-1, REPRESENTATION_WIDTH),
-            "label": np.array([row[1] for row in shown_rows], dtype=np.float32),
-        },
+        keys=[split.keys[row.index] for row in rows],
+        label=np.array([row.label for row in rows], dtype=np.float32),
+        complete=np.array([row.complete for row in rows], dtype=np.float32),
+        missing=np.array([row.missing for row in rows], dtype=np.float32),
+        present=np.array([row.present for row in rows], dtype=bool),
+        asr=np.array([row.asr for row in rows], dtype=np.float64),
+        said=[row.said for row in rows],
+        imagined=None if np.isnan(rows[0].judged).any() else np.array([row.judged for row in rows]),
+        representations={**kept, "label": np.array([label for label, _ in shown_rows], dtype=np.float32)},
         set_aside=sorted({problem for part in gather_objects(problems) for problem in part}),
     )
+
+
+def shown_of(flows: Flows) -> dict[str, Tensor]:
+    """What is kept of the clips that are shown, by its name in `Predictions.representations`."""
+    shown = {"complete": flows.complete.representation, "missing": flows.missing.representation}
+    for flow in ("complete", "missing"):
+        if f"gate/{flow}" in flows.notes:
+            values = flows.notes[f"estimates/{flow}"], flows.notes[f"gate/{flow}"][..., None]
+            shown[f"refine_{flow}"] = torch.cat(values, 2)
+    return shown
+
+
+def written(answers: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Each answer as one line of text, without special tokens; control characters become spaces."""
+    pairs = zip(answers.ids.tolist(), answers.mask.tolist(), strict=True)
+    spoken = [[token for token, real in zip(ids, mask, strict=True) if real] for ids, mask in pairs]
+    return [one_line(text) for text in tokenizer.batch_decode(spoken, skip_special_tokens=True)]
 
 
 def score(predictions: Predictions, train_labels: np.ndarray) -> dict[str, dict[str, Any]]:
@@ -170,10 +213,11 @@ def write_predictions(directory: Path, split: str, predictions: Predictions) -> 
     """predictions_<split>.csv and representations_<split>.safetensors."""
     with (directory / f"predictions_{split}.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["key", "label", "complete", "missing", "has_audio", "has_text", "has_vision"])
+        table.writerow(["key", "label", "complete", "missing", "has_audio", "has_text", "has_vision", "imagined"])
         for row, key in enumerate(predictions.keys):
             values = [predictions.label[row], predictions.complete[row], predictions.missing[row]]
-            table.writerow([key, *(f"{value:.6g}" for value in values), *map(int, predictions.present[row])])
+            present = map(int, predictions.present[row])
+            table.writerow([key, *(f"{value:.6g}" for value in values), *present, predictions.said[row]])
     save_file(predictions.representations, directory / f"representations_{split}.safetensors")
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
@@ -40,6 +40,15 @@ INK, FAINT, NEUTRAL = "#1f2933", "#d5dae0", "#4b5563"  # text, grid, and lines w
 FLOW_COLOURS = {"complete": "#0072b2", "missing": "#d55e00"}
 
 Draw = Callable[[], Figure]
+
+
+class Plot(NamedTuple):
+    """A figure of the page. `draw` is None when the run has no data for it; then `caption` says so."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Draw | None
 
 
 def render(draw: Draw) -> bytes:

@@ -7,14 +7,15 @@ import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
 import yaml
 
-from dist_train import figures, robustness_figures
-from dist_train.figures import Draw
+from dist_train import figures, representation_figures, robustness_figures
+from dist_train.figures import Plot
+from dist_train.report_clips import RULES, cards
 from dist_train.robustness_record import MODALITIES
 from dist_train.run_directory import refuse_links
 from dist_train.run_record import FLOWS, SPLITS, Run, number, read_run
@@ -32,15 +33,6 @@ METRICS = {
 # arXiv 2410.15029, Table II: CMU-MOSEI test MAE. Other corpora have other labels and are not comparable.
 MOSEI_PUBLISHED = {"complete": 0.506, "missing": 0.550}
 MOST_NAMES = 40  # of loss terms, phases and parts of memory that are drawn; a run has up to 15
-
-
-class Plot(NamedTuple):
-    """A figure of the page. `draw` is None when the run has no data for it; then `caption` says so."""
-
-    name: str
-    title: str
-    caption: str
-    draw: Draw | None
 
 
 def write_report(run: Path) -> Path:
@@ -77,7 +69,7 @@ def plan_plots(run: Run) -> Iterator[Plot]:
     """The figures of the page in order, each bound to its data."""
     evaluated = [record for record in run.evals if record.get("split") == "valid"]
     yield _plot_validation(run, evaluated)
-    yield _plot_similarity(run)
+    yield from representation_figures.plots(run)
     yield from _plots_predictions(run)
     yield from _plots_robustness(run)
     absent = "No training step was logged."
@@ -212,28 +204,12 @@ def _plots_predictions(run: Run) -> Iterator[Plot]:
         for name, title in titles.items():
             yield Plot(name, title, "No predictions were written.", None)
         return
-    split, label, flows = run.predictions
+    split, label, flows = run.predictions[:3]
     about = f"{len(label)} clips of the {split} split."
     jitter = " Dashed: prediction equals label. Points of tied labels are spread sideways a little."
     yield Plot("scatter", titles["scatter"], about + jitter, partial(figures.scatter, label, flows))
     bars = " Whiskers: 95 % interval of the mean."
     yield Plot("error_by_label", titles["error_by_label"], about + bars, partial(figures.error_by_label, label, flows))
-
-
-def _plot_similarity(run: Run) -> Plot:
-    title = "Do the flows agree? Representations by label"
-    if run.representations is None:
-        return Plot("similarity", title, "No representations were written.", None)
-    split, complete, missing, label = run.representations
-    matrix = figures.distances(complete, missing)
-    own, other = np.diag(matrix).mean(), matrix[~np.eye(len(label), dtype=bool)].mean() if len(label) > 1 else math.nan
-    caption = (
-        f"L2 distance between final representations of {len(label)} clips of the {split} split, ordered by label. The "
-        "closer the right matrix is to the left one, the better the missing flow stands in for the complete one. "
-        f"Mean distance of a clip's two flows: {own:.3g}"
-        + (f"; of different clips: {other:.3g}." if math.isfinite(other) else ".")
-    )
-    return Plot("similarity", title, caption, partial(figures.similarity, complete, missing, label))
 
 
 def _pace(run: Run, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -302,6 +278,8 @@ def _context(run: Run) -> dict[str, Any]:
         "facts": {name: str(value) for name, value in facts.items() if value not in (None, "")},
         "notes": [str(note) for note in notes] if isinstance(notes, list) else [],
         "problems": run.problems,
+        "clips": cards(run),
+        "rules": RULES,
         "recipe": {section: " · ".join(_leaves(content)) for section, content in run.recipe.items()},
         "recipe_text": yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True) if run.recipe else "",
         "environment_text": yaml.safe_dump(run.environment, sort_keys=False, allow_unicode=True)

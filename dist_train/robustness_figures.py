@@ -13,6 +13,7 @@ from dist_train.robustness_record import NoisePoint, RatePoint, Scores
 
 COLOURS = {"audio": "#0072b2", "text": "#d55e00", "vision": "#009e73", "random": "#4b5563"}  # Okabe & Ito (2008)
 NAMES = {"random": "one of the three"}
+VALUE_NAMES = {1: ["gate"], 2: ["value", "gate"], 3: ["g", "mean p", "gate"]}  # by how many a refinement tells
 
 
 def missing_rates(curves: Mapping[Any, Sequence[RatePoint]], floor: float) -> Figure:
@@ -68,10 +69,9 @@ def noise(found: Mapping[Any, Mapping[Any, Sequence[NoisePoint]]], clean: dict[s
 def values(found: Mapping[str, Sequence[Sequence[float]]], modalities: Sequence[str]) -> Figure:
     """VGMR's values and gate of each modality, clean beside noise: mean over clips."""
     figure = Figure(figsize=(WIDTH, 0.5 + 0.3 * len(found)))
-    columns = {2: ["value", "gate"], 3: ["g", "mean p", "gate"]}
     width = len(next(iter(found.values()))[0])
     panels = figure.subplots(1, width, sharey=True, squeeze=False)[0]
-    for number, (axes, name) in enumerate(zip(panels, columns.get(width, ["gate"]), strict=True)):
+    for number, (axes, name) in enumerate(zip(panels, VALUE_NAMES[width], strict=True)):
         table = np.array([[condition[m][number] for m in range(len(modalities))] for condition in found.values()])
         axes.imshow(table, cmap="cividis", aspect="auto", interpolation="nearest")
         middle = (table.min() + table.max()) / 2

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from dist_train.robustness_record import Robustness
+from dist_train.robustness_record import MODALITIES, Robustness
 from sharding.errors import UserError
 from sharding.files import MOST_JSON, MOST_YAML, read_bounded
 from sharding.plain_yaml import MOST_DEPTH, check_yaml
@@ -31,20 +32,28 @@ SPLITS = ("test", "valid")  # what is shown of a run, best first
 
 
 class Predictions(NamedTuple):
-    """Rows of predictions_<split>.csv: arrays [n] in label units."""
+    """Rows of predictions_<split>.csv: arrays [n] in label units; of each clip also its key, what it has, and the
+    imagined text, "" where the file does not say.
+    """
 
     split: str
     label: np.ndarray
     flows: dict[str, np.ndarray]
+    keys: list[str]
+    present: list[list[str]]
+    imagined: list[str]
 
 
 class Representations(NamedTuple):
-    """representations_<split>.safetensors: [n, 128], [n, 128], [n]."""
+    """representations_<split>.safetensors: [n, 128], [n, 128], [n]; refined: of a run with VGMR, flow -> [n, 3, k + 1],
+    g and the mean of p as far as it has them, and the gate, of audio, text and vision.
+    """
 
     split: str
     complete: np.ndarray
     missing: np.ndarray
     label: np.ndarray
+    refined: dict[str, np.ndarray]
 
 
 @dataclass
@@ -115,6 +124,11 @@ def number(value: Any) -> float:
     return number if abs(number) < 2.0**128 else math.nan
 
 
+def one_line(text: str) -> str:
+    """Text that breaks no row of a table: runs of whitespace and control characters are one space."""
+    return " ".join("".join(" " if unicodedata.category(c) in ("Cc", "Cs") else c for c in text).split())
+
+
 def _read_metrics(run: Run) -> None:
     try:
         text = read_bounded(run.path / "metrics.jsonl", MOST_JSON, LEAVE_OUT).decode(errors="replace")
@@ -147,16 +161,27 @@ def _read_predictions(run: Run, split: str) -> Predictions | None:
         return None
     try:
         file = io.StringIO(read_bounded(path, MOST_JSON, LEAVE_OUT).decode(errors="replace"), newline="")
-        rows = [[number(row.get(name)) for name in ("label", *FLOWS)] for row in csv.DictReader(file)]
+        rows = [
+            (
+                [number(row.get(name)) for name in ("label", *FLOWS)],
+                row.get("key") or "",
+                [name for name in MODALITIES if row.get(f"has_{name}") == "1"],
+                row.get("imagined") or "",  # older files have no such column
+            )
+            for row in csv.DictReader(file)
+        ]
     except (OSError, UserError, csv.Error) as error:
         run.problems.append(f"{path.name} cannot be read: {error}.")
         return None
-    table = np.array(rows, dtype=np.float64).reshape(-1, 3)
-    good = np.isfinite(table).all(1)
-    if not good.all() or not len(table):
-        run.problems.append(f"{path.name}: {int((~good).sum())} of {len(table)} rows are unusable and left out.")
-    label, complete, missing = table[good].T
-    return Predictions(split, label, {"complete": complete, "missing": missing}) if len(label) else None
+    good = [row for row in rows if np.isfinite(row[0]).all()]
+    if len(good) < len(rows) or not rows:
+        run.problems.append(f"{path.name}: {len(rows) - len(good)} of {len(rows)} rows are unusable and left out.")
+    if not good:
+        return None
+    numbers, keys, present, imagined = zip(*good, strict=True)
+    label, complete, missing = np.array(numbers, dtype=np.float64).T
+    flows = {"complete": complete, "missing": missing}
+    return Predictions(split, label, flows, list(keys), list(present), list(imagined))
 
 
 def _read_representations(run: Run, split: str) -> Representations | None:
@@ -180,7 +205,16 @@ def _read_representations(run: Run, split: str) -> Representations | None:
     good = np.isfinite(complete).all(1) & np.isfinite(missing).all(1) & np.isfinite(label)
     if not good.all():
         run.problems.append(f"{path.name}: {int((~good).sum())} of {len(good)} clips are not finite and left out.")
-    return Representations(split, complete[good], missing[good], label[good]) if good.any() else None
+    if not good.any():
+        return None
+    refined = {flow: tensors[f"refine_{flow}"] for flow in FLOWS if f"refine_{flow}" in tensors}
+    shapes = {values.shape for values in refined.values()}
+    fits = len(shapes) == 1 and shapes <= {(len(label), len(MODALITIES), k) for k in (1, 2, 3)}
+    if refined and not (fits and all(np.isfinite(values[good]).all() for values in refined.values())):
+        run.problems.append(f"{path.name}: what VGMR says of the clips is damaged and left out.")
+        refined = {}
+    values = {flow: values[good] for flow, values in refined.items()}
+    return Representations(split, complete[good], missing[good], label[good], values)
 
 
 def _read_robustness(run: Run, split: str) -> Robustness | None:

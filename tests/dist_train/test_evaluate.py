@@ -14,6 +14,7 @@ from dist_train import evaluate
 from dist_train.build import build_collator, build_model, open_split
 from dist_train.evaluate import Predictions, find_checkpoint, judged, predict, score, write_predictions
 from dist_train.model import DoubleFlow, Flows
+from dist_train.packed import Tokens
 from dist_train.rank import check_size
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
@@ -61,6 +62,7 @@ def random_predictions(n: int = 40) -> Predictions:
         missing=missing,
         present=rng.random((n, 3)) < 0.5,
         asr=np.zeros((n, 2)),
+        said=["", 'a, "b"', "=good film"] + [""] * (n - 3),
         representations={**shown, "label": label[:3]},
         set_aside=[],
     )
@@ -91,6 +93,58 @@ def test_each_clip_is_predicted_once_in_key_order(
         assert found.representations["complete"].shape == found.representations["missing"].shape == (5, 128)
         assert found.representations["label"].tolist() == found.label[:5].tolist()
         assert len(set(found.complete.tolist())) == 9
+
+
+def test_imagined_text_is_kept_as_it_was_decoded(shards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    made = recipe(shards, simulation={"rollout": "generate"})
+    model, heard = build(made, tokenizer), {}
+
+    def listening(batch: Any) -> Flows:
+        flows = model(batch)
+        assert flows.answers is not None
+        rows = zip(batch["index"].tolist(), batch["audio_present"].tolist(), *flows.answers, strict=True)
+        heard.update(
+            {index: str(tokenizer.decode(ids[mask].tolist())) if has else "" for index, has, ids, mask in rows}
+        )
+        return flows
+
+    found = run(made, tokenizer, listening)
+    for index, text in enumerate(found.said):
+        assert text.isprintable() and text.split() == heard[index].replace("</s>", "").replace("\0", " ").split()
+    assert any(found.said) and not all(found.said)  # one clip has no audio
+
+    def telling(batch: Any) -> Flows:
+        words = ["good film", "", " a\nplot\t was\x1b"]
+        said = [[*tokenizer(words[i % 3], add_special_tokens=False).input_ids, 1] for i in batch["index"].tolist()]
+        width = max(map(len, said)) + 2
+        ids = torch.tensor([row + [7] * (width - len(row)) for row in said])  # 7: behind the end, not said
+        mask = torch.arange(width) < torch.tensor([len(row) for row in said])[:, None]
+        return model(batch)._replace(answers=Tokens(ids, mask))
+
+    assert run(made, tokenizer, telling).said == ["good film", "", "a plot was"] * 3
+    assert run(recipe(shards), tokenizer).said == [""] * 9
+
+
+def test_what_vgmr_thinks_of_the_shown_clips_is_kept(
+    shards: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "SHOWN_CLIPS", 5)
+    for changes, k in (({}, 2), ({"global_value": False, "channel_values": False}, 0)):
+        made = recipe(shards, refine={"kind": "vgmr", "width": 8, **changes})
+        model, split = build(made, tokenizer), open_split(made, "test")
+        collate = build_collator(made, tokenizer, model)
+        kept = run(made, tokenizer).representations
+        for flow in ("complete", "missing"):
+            assert kept[f"refine_{flow}"].shape == (5, 3, k + 1)
+            for row in range(5):
+                notes = model(collate([{**split[row], "real": True}])).notes
+                assert kept[f"refine_{flow}"][row, :, :k] == pytest.approx(
+                    notes[f"estimates/{flow}"][0].detach().numpy(), abs=1e-5
+                )
+                assert kept[f"refine_{flow}"][row, :, k] == pytest.approx(
+                    notes[f"gate/{flow}"][0].detach().numpy(), abs=1e-5
+                )
+    assert not any("refine" in name for name in run(recipe(shards), tokenizer).representations)
 
 
 def test_clips_set_aside_are_told_and_left_out(shards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -158,7 +212,8 @@ def test_what_is_written_reads_back(tmp_path: Path) -> None:
     with (tmp_path / "predictions_test.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert [row["key"] for row in rows] == found.keys
-    assert list(rows[0]) == ["key", "label", "complete", "missing", "has_audio", "has_text", "has_vision"]
+    assert list(rows[0]) == ["key", "label", "complete", "missing", "has_audio", "has_text", "has_vision", "imagined"]
+    assert [row["imagined"] for row in rows] == found.said
     for name in ("label", "complete", "missing"):
         assert [float(row[name]) for row in rows] == pytest.approx(getattr(found, name).tolist(), rel=1e-5)
     present = [[row[f"has_{name}"] == "1" for name in ("audio", "text", "vision")] for row in rows]

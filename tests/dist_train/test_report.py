@@ -116,6 +116,7 @@ def test_complete_run_on_one_self_contained_page(tmp_path: Path, rng: np.random.
         "validation",
         "losses",
         "similarity",
+        "representations",
         "scatter",
         "error_by_label",
         "schedule",

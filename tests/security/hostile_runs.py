@@ -75,6 +75,7 @@ LOUD: dict[str, Any] = {**dict.fromkeys(SHOWN, SCRIPT), "notes": [SCRIPT], "test
 MEASURED = {"step": 1, "peak_bytes": 9, "foretold_peak_bytes": 9, "foretold_peak_parts": {TEX: 9}}
 EVAL = {"kind": "eval", "step": 1, "split": '" onload="x', "complete": {"mae": 1}, "missing": {"mae": 1}}
 SLOW = {"speed": {"phase_seconds": {TEX: 9}}}
+CLIP = f'key,label,complete,missing,imagined\n"{SCRIPT}",1,2,3,"{SCRIPT}{TEX}"\n'
 TERMS = {f"loss/{i}": 1.0 for i in range(10_000)}
 
 
@@ -116,5 +117,7 @@ CASES = [
     Case("representations that lie", run(LONG, "\xff" * 100), page=(f"{LONG} cannot be read",)),
     Case("predictions of NUL", run("predictions_test.csv", "label,complete,missing\n\0,\0,\0\n"),
          page=("rows are unusable|cannot be read",)),
+    Case("script in names of clips and in what was imagined", run("predictions_test.csv", CLIP),
+         page=('<h3 dir="auto">&lt;script&gt;', '<blockquote dir="auto">&lt;script&gt;')),
 ]
 # fmt: on
