@@ -108,7 +108,8 @@ def predict(
         present = torch.stack([micro["audio_present"], micro["text_present"], micro["vision_present"]], 1)
         asr = torch.zeros(len(micro["label"]), 2) if flows.asr is None else flows.asr
         judged = flows.notes["worth"][:, 1:] if "worth" in flows.notes else asr.new_full(asr.shape, torch.nan)
-        said = [""] * len(asr) if flows.answers is None else written(flows.answers, collate.tokenizer)
+        answers, reader = flows.answers, collate.tokenizer
+        said = [""] * len(asr) if answers is None or reader is None else written(answers, reader)
         vectors = {name: value.float().cpu().numpy() for name, value in shown_of(flows).items()}
         columns: dict[str, list[Any]] = {
             "index": micro["index"].tolist(),
