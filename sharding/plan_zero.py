@@ -236,7 +236,8 @@ class Partitioned(Zero):
                 self.memory.hold("flat gradient", -self.partition * self.size)
         self.memory.drop("gradients")
         self.update(self.partition, self.partition)
-        self.wire.send("all_gather", self.padded * self.size)
+        if self.world > 1:  # DeepSpeed leaves it out where one rank has everything
+            self.wire.send("all_gather", self.padded * self.size)
 
 
 class Stage1(Partitioned):

@@ -102,6 +102,13 @@ STEPS: dict[str, dict[str, Any]] = {
     "2_no_rollout_small_buckets": case(2, simulation={"rollout": "none"}, zero={"bucket_elements": 10_000}),
     "2_approximate": case(2, training={"accumulation": 2, "accumulated_loss": "approximate"}),
 }
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "2_vgmr_random": case(2, refine={"kind": "vgmr", "width": 16}, missing="random"),
+    "2_promma": case(2, imagination={"kind": "promma", "heads": 2}),
+    "2_cmpt": case(
+        2, **tiny.merge({"imagination": {"kind": "cmpt", "heads": 2}, "simulation": {"rollout": "none"}}, LORA)
+    ),
+}
 SHARDED: dict[str, dict[str, Any]] = {
     "3_full_prefix": case(3),
     "3_lora_bf16_persistent": case(3, "bf16", **LORA, zero={"persistence_threshold": 1000}),
@@ -112,12 +119,23 @@ SHARDED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [dict(list(STEPS.items())[:4]), dict(list(STEPS.items())[4:]), SHARDED])
-def test_memory_within_five_and_wire_within_two_percent(cases: dict[str, Any], corpus: Path, tmp_path: Path) -> None:
-    measured = run_ranks("measure", 2, tmp_path, module="tests.dist_train.work_plan", data=str(corpus), cases=cases)
+@pytest.mark.parametrize(
+    ("cases", "ranks"),
+    [
+        (dict(list(STEPS.items())[:4]), 2),
+        (dict(list(STEPS.items())[4:]), 2),
+        (SYSTEMS, 2),
+        (SHARDED, 2),
+        ({name: STEPS[name] for name in ("1_full_bf16", "2_full_adam")}, 1),
+    ],
+)
+def test_memory_within_five_and_wire_within_two_percent(
+    cases: dict[str, Any], ranks: int, corpus: Path, tmp_path: Path
+) -> None:
+    measured = run_ranks("measure", ranks, tmp_path, module="tests.dist_train.work_plan", data=str(corpus), cases=cases)
     for name, changes in cases.items():
         recipe = fit_to_dataset(tiny.recipe(corpus, **json.loads(json.dumps(changes))))
-        planner = Planner(recipe, AutoTokenizer.from_pretrained(tmp_path / f"tokenizer_{name}"), CPU, 1, 2)
+        planner = Planner(recipe, AutoTokenizer.from_pretrained(tmp_path / f"tokenizer_{name}"), CPU, 1, ranks)
         for rank, found in enumerate(measured[name]):
             clips = [[Clip(*clip) for clip in batch] for batch in found["clips"]]
             predicted = planner.predict(clips, rank=rank)
