@@ -128,6 +128,9 @@ def evaluate(
     robustness: Annotated[
         bool, typer.Option("--robustness", help="With modalities missing (all patterns, all rates) and noisy instead.")
     ] = False,
+    text_from: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="Read KEY.json's FIELD, say of a recogniser, as the transcript.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     accept_other_base: OtherBaseOption = False,
 ) -> None:
@@ -138,6 +141,8 @@ def evaluate(
 
     run = RunDirectory(directory)
     world = read_world(os.environ)
+    if robustness and text_from is not None:
+        raise UserError("--text-from", "does not go with --robustness", "Leave one of them out.")
     if world is not None:
         from sharding.ops import choose_accelerator
 
@@ -152,6 +157,7 @@ def evaluate(
             as_json=as_json,
             accept_other_base=accept_other_base,
             robustness=robustness,
+            text_from=text_from,
         )
         end(code)
     run.open()

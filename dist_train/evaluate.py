@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from sharding.stream import ShardedSplit, stream
 
 SHOWN_CLIPS = 96  # clips whose representations are kept for the similarity matrices (the paper's batch)
 SHOWN_KEYS = 8  # named in a message
+TEXT_FIELD = re.compile(r"[A-Za-z0-9_-]{1,60}")  # becomes part of a file's name
 
 
 @dataclass
@@ -270,15 +272,30 @@ def evaluate_checkpoint(
     *,
     accept_other_base: bool = False,
     train_labels: np.ndarray | None = None,
+    text_from: str | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint on a split and writes the predictions; returns the scores (collective).
 
     Args:
         accept_other_base: even if it was trained on other frozen weights.
         train_labels: for the floors, where the training split is open; its shards may have gone meanwhile.
+        text_from: field of KEY.json, such as a recogniser's output, that is read in the place of the transcript; the
+            predictions are then called after it, too.
+
+    Raises:
+        UserError: the split has no such text, or the recipe reads no transcripts.
     """
+    name = split_name if text_from is None else f"{split_name}_{text_from}"
+    if text_from is not None and (recipe.text.input != "transcript" or not TEXT_FIELD.fullmatch(text_from)):
+        problem = (
+            "needs a recipe that reads transcripts" if recipe.text.input != "transcript" else "is no name of a field"
+        )
+        raise UserError(
+            "--text-from", problem, "Leave it out, or name a field of KEY.json by letters, digits, _ and -."
+        )
     model, collate = load_trained(run, recipe, checkpoint, accept_other_base=accept_other_base)
     split = open_split(recipe, split_name)
+    split.text_field = text_from
     predictions = predict(
         model,
         split,
@@ -287,9 +304,13 @@ def evaluate_checkpoint(
         workers=recipe.data.workers,
         costs=clip_costs(recipe, split),
     )
+    if text_from is not None and not predictions.present[:, 1].any():
+        raise UserError(
+            "--text-from", f"no clip of split {split_name} has {text_from} in its KEY.json", "Name a field they have."
+        )
     scores = score(predictions, open_split(recipe, "train").labels if train_labels is None else train_labels)
     if dist.get_rank() == 0:
-        write_predictions(run.path, split_name, predictions)
+        write_predictions(run.path, name, predictions)
     return {**scores, "set_aside": predictions.set_aside, "clips": len(predictions.keys)}
 
 

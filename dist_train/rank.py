@@ -109,11 +109,13 @@ def run_evaluation(
     as_json: bool,
     accept_other_base: bool,
     robustness: bool,
+    text_from: str | None,
 ) -> int:
     """`dist-train evaluate` in this rank. Returns the exit code.
 
     Args:
         robustness: with missing and noisy modalities instead.
+        text_from: field of KEY.json that is read in the place of the transcript.
     """
     worlds.join(world, with_deepspeed=False)
     run.open()
@@ -128,12 +130,13 @@ def run_evaluation(
             place = run.path / f"robustness_{split}.json"
             Console().print(f"All of it: {place}; figures: dist-train report {run.path}", soft_wrap=True)
         return 0
-    scores = evaluate_checkpoint(run, recipe, place, split, accept_other_base=accept_other_base)
+    scores = evaluate_checkpoint(run, recipe, place, split, accept_other_base=accept_other_base, text_from=text_from)
     if world.rank == 0:
+        text = "" if text_from is None else f", text from {text_from}"
         if as_json:
             print(json.dumps({"split": split, **scores}, indent=1))
         else:
-            Console().print(scores_table(scores, f"{split} split: {scores['clips']} clips", recipe.missing))
+            Console().print(scores_table(scores, f"{split} split: {scores['clips']} clips{text}", recipe.missing))
     return 0
 
 

@@ -56,6 +56,7 @@ class ShardedSplit(Dataset[Sample]):
         columns: the index, in the order of `keys`.
         dims: widths shared by all samples.
         info: dataset.json.
+        text_field: of KEY.json, whose text stands in the place of the transcript; None: the transcript itself.
         sources: what an epoch draws from (`EpochPlan.sources`): this one dataset.
 
     Raises:
@@ -72,6 +73,7 @@ class ShardedSplit(Dataset[Sample]):
         """Serves the samples of this table."""
         self.columns, self.dims, self.sources = table, dims, sources
         self.keys: Sequence[str] = table.key
+        self.text_field: str | None = None
         self.labels = table.label
         self._open: dict[int, int] = {}
 
@@ -94,12 +96,22 @@ class ShardedSplit(Dataset[Sample]):
             raise IndexError(f"sample {index} of {len(self.keys)}")
         sample: Sample = {"key": self.keys[index], "index": index, "label": float(self.labels[index])}
         try:
-            return sample | self._read(index)
+            return sample | self._read(index) | self._other_text(index)
         except UserError as error:
             if self.on_bad_sample == "stop":
                 raise
             absent = dict.fromkeys(("audio", "text", "text_features", "simulated", "vision"))
             return sample | absent | {"set_aside": str(error)}
+
+    def _other_text(self, index: int) -> dict[str, str | None]:
+        """What stands in the place of the transcript, if anything does."""
+        if self.text_field is None:
+            return {}
+        text = self.record(index).get(self.text_field)
+        if text is not None and not isinstance(text, str):
+            where = f"sample {self.keys[index]}"
+            raise UserError(where, f"has a {self.text_field} that is no text", "Name another field of KEY.json.")
+        return {"text": text or None}
 
     def name_in_tar(self, index: int) -> str:
         """The key as the tar's members have it."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from dist_train.run_directory import RunDirectory
 from dist_train.run_state import check_bases
 from sharding.checkpoint import fingerprints
 from sharding.errors import UserError, UserErrors
+from sharding.shard_writer import pack_sample, write_dataset
+from sharding.shards import Dims, Split
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
@@ -145,6 +148,32 @@ def test_what_vgmr_thinks_of_the_shown_clips_is_kept(
                     notes[f"gate/{flow}"][0].detach().numpy(), abs=1e-5
                 )
     assert not any("refine" in name for name in run(recipe(shards), tokenizer).representations)
+
+
+def test_other_text_in_the_place_of_the_transcript(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A field of KEY.json is read as a transcript is; of a clip without it the text is absent."""
+    rng = np.random.default_rng()
+    clips = {f"k{i}": tiny.clip(rng) for i in range(5)}
+    heard: dict[str, Any] = {"k0": "the film was awful", "k1": "", "k2": None, "k3": 7}
+    splits: tuple[Split, ...] = ("train", "valid", "test")
+    dims = Dims(audio="waveform", text=None, vision=tiny.VISION_WIDTH)
+    with write_dataset(tmp_path / "shards", dims=dims, label_range=(-3.0, 3.0), samples_per_shard=8) as writer:
+        for name, (key, sample) in itertools.product(splits, clips.items()):
+            extra = {"asr": heard.get(key)}
+            writer.add(name, pack_sample(key=f"{name}{key}", split=name, extra=extra, **sample))
+    made = recipe(tmp_path / "shards")
+    split = open_split(made, "test")
+    gold = [split[i]["text"] for i in range(5)]
+    split.text_field = "asr"
+    assert [split[i]["text"] for i in (0, 1, 2, 4)] == ["the film was awful", None, None, None] and all(gold)
+    with pytest.raises(UserError, match=r"sample testk3: has a asr that is no text"):
+        split[3]
+    split.on_bad_sample = "set_aside"
+    model = build(made, tokenizer)
+    found = predict(model, split, build_collator(made, tokenizer, model), batch=4, workers=0)
+    assert found.present[:, 1].tolist() == [True, False, False, False] and len(found.set_aside) == 1
+    said = model(build_collator(made, tokenizer, model)([{**split[0], "text": "the film was awful", "real": True}]))
+    assert found.complete[0] == pytest.approx(said.complete.prediction.item(), abs=1e-5)
 
 
 def test_clips_set_aside_are_told_and_left_out(shards: Path, tokenizer: PreTrainedTokenizerBase) -> None:
