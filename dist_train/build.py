@@ -45,7 +45,9 @@ def fit_to_dataset(recipe: Recipe) -> Recipe:
             f"is {recipe.audio.input}, but {recipe.data.name} has {has}",
             f"Write audio.input: {'waveform' if dims.audio == 'waveform' else 'features'}.",
         )
-    if recipe.text.input == "features" and dims.text is None:
+    # A corpus of audio and vision alone is one, too; that nothing was learnt from text is said at the end.
+    textless = not recipe.reads_language_model and recipe.simulation.rollout == "none"
+    if recipe.text.input == "features" and dims.text is None and not textless:
         raise UserError("text.input", f"is features, but {recipe.data.name} has none", "Write text.input: transcript.")
     if recipe.simulation.rollout == "features" and dims.simulated is None:
         problem = f"is features, but {recipe.data.name} has no simulated text"
