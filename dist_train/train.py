@@ -125,7 +125,10 @@ class Trainer:
             seed=recipe.seed,
             agreement=Agreement(self.engine.module, started + recipe.training.check_agreement_steps),
             census=Census(
-                self.engine.module, steps=started + CENSUS_STEPS, excused=idle_parts(recipe, self.train_split)
+                self.engine.module,
+                steps=started + CENSUS_STEPS,
+                # A unit may have died since the run began, where everything has learnt: no reason not to go on.
+                excused={"": "it has learnt"} if started else idle_parts(recipe, self.train_split),
             ),
             rollouts=self.rollouts,
             missing=recipe.missing,

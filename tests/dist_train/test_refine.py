@@ -44,7 +44,8 @@ def by_the_book(w: dict[str, Tensor], clip: list[Tensor], chosen: RefineSettings
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
     def mlp(name: str, x: Tensor) -> Tensor:
-        return linear(f"{name}.2", linear(f"{name}.0", x).clamp(min=0))
+        x = linear(f"{name}.0", x)
+        return linear(f"{name}.2", x * (1 + torch.erf(x / 2**0.5)) / 2)
 
     projected = [linear(f"refiners.{m}.project", x) for m, x in enumerate(clip)]
     s = [mlp(f"refiners.{m}.evidence", torch.cat([h.mean(0), h.max(0).values])) for m, h in enumerate(projected)]
