@@ -19,6 +19,7 @@ from sharding.shard_writer import pack_sample, write_dataset
 from sharding.shards import Dims
 from sharding.stream import stream
 from tests import tiny
+from tests.ranks import run_ranks
 
 NOTHING: dict[str, Any] = {}
 
@@ -63,3 +64,12 @@ def test_what_is_idle_is_excused_and_nothing_else(
             said = str(errors)
     assert not excusing.hooks and not strict.hooks
     assert ("got only zeros" in said) == bool(idle)
+
+
+@pytest.mark.slow
+def test_what_died_since_the_start_does_not_end_a_resumed_run(tmp_path: Path) -> None:
+    """A requeued run would else never come back, for a unit that its undisturbed twin trains on without."""
+    data = tiny.write_corpus(tmp_path / "data", train=48)
+    ends = run_ranks("died", 1, tmp_path, module="tests.dist_train.work_systems", data=str(data))
+    assert ends["resumed"] == "finished at step 8"
+    assert "got only zeros as gradient" in ends["fresh"] and "fusion.rnc_head" in ends["fresh"]

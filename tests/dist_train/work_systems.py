@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.build import fit_to_dataset
+from dist_train.progress import Display
+from sharding.errors import UserErrors
+from sharding.signals import StopFlag
 from tests import tiny
-from tests.work import fit, new_run
+from tests.work import StopAfter, fit, new_run
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     "random": {"missing": "random"},
@@ -44,3 +47,23 @@ def stages(folder: Path, data: str, system: str) -> dict[str, list[float]]:
         steps = fit(recipe, new_run(recipe, folder / f"{system}{stage}"))
         found[str(stage)] = [step["loss"] for step in steps]
     return found
+
+
+def died(folder: Path, data: str) -> dict[str, str]:
+    """How a run ends in which a part learns nothing, from its start and from where it was resumed."""
+    recipe = tiny.recipe(Path(data), data={"batch": 12}, training={"epochs": 2})
+    recipe = fit_to_dataset(recipe)
+    run = new_run(recipe, folder / "resumed")
+    fit(recipe, run, last=2)
+    ends = {}
+    for name, place in (("resumed", run), ("fresh", new_run(recipe, folder / "fresh"))):
+        trainer = StopAfter(recipe, place, resume=name == "resumed")
+        trainer.last = None
+        trainer.engine.module.fusion.rnc_head.register_forward_hook(lambda *args: 0 * args[2])
+        try:
+            with StopFlag() as stop, Display(1, 0, quiet=True) as display:
+                trainer.fit(display, stop)
+            ends[name] = f"finished at step {trainer.progress.step}"
+        except UserErrors as error:
+            ends[name] = str(error)
+    return ends
