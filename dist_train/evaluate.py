@@ -110,8 +110,10 @@ def predict(
         present = torch.stack([micro["audio_present"], micro["text_present"], micro["vision_present"]], 1)
         asr = torch.zeros(len(micro["label"]), 2) if flows.asr is None else flows.asr
         judged = flows.notes["worth"][:, 1:] if "worth" in flows.notes else asr.new_full(asr.shape, torch.nan)
-        answers, reader = flows.answers, collate.tokenizer
-        said = [""] * len(asr) if answers is None or reader is None else written(answers, reader)
+        said = [""] * len(asr)
+        if flows.answers is not None:
+            assert collate.tokenizer is not None  # where something is said, there is a language model
+            said = written(flows.answers, collate.tokenizer)
         vectors = {name: value.float().cpu().numpy() for name, value in shown_of(flows).items()}
         columns: dict[str, list[Any]] = {
             "index": micro["index"].tolist(),

@@ -209,7 +209,7 @@ def test_page_figures_and_json_say_the_same(tmp_path: Path, rng: np.random.Gener
 def test_options_without_scaling_and_no_common_folder(tmp_path: Path, rng: np.random.Generator) -> None:
     sweep(tmp_path, rng, {1: 8})
     alone = CliRunner().invoke(app, ["report", str(tmp_path / "point_1/seed_0"), "--json"])
-    assert isinstance(alone.exception, UserError) and "belong to --scaling" in str(alone.exception)
+    assert isinstance(alone.exception, UserError) and "belong to a comparison" in str(alone.exception)
     refused = CliRunner().invoke(
         app, ["report", "--scaling", str(tmp_path), "--output", str(tmp_path / "point_1/seed_0/plan.json")]
     )

@@ -15,7 +15,15 @@ seeds, epochs = st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)
 windows = st.builds(lambda block, blocks, more: Window(block * blocks + more % block, block),
                     st.integers(1, 9), st.integers(1, 5), st.integers(0, 8))  # fmt: skip
 weights = st.floats(0.2, 5) | st.integers(1, 5).map(float)
-mixes = st.lists(st.builds(Source, st.integers(8, 40), weights), min_size=1, max_size=4)
+
+
+def contributes(sources: list[Source]) -> bool:
+    """Whether each source gives at least one sample to an epoch; a mix in which one does not is refused."""
+    total, weight = sum(source.samples for source in sources), sum(source.weight for source in sources)
+    return all(total * source.weight >= weight for source in sources)
+
+
+mixes = st.lists(st.builds(Source, st.integers(8, 40), weights), min_size=1, max_size=4).filter(contributes)
 
 
 def philox4x64(key: tuple[int, int], n: int, purpose: int = 0, source: int = 0) -> list[int]:
