@@ -36,6 +36,8 @@ def write_comparison(directories: Sequence[Path], output: Path | None) -> tuple[
     """
     found = compare(directories)
     folder = output or Path(os.path.commonpath([path.resolve().parent for path in directories]))
+    if output is None and folder == Path(folder.anchor):
+        raise UserError("--output", "is not given, and the runs have no folder in common", "Name a directory.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         png = figures.render(partial(draw, found))

@@ -62,6 +62,16 @@ def test_no_difference_is_rarely_found_where_there_is_none() -> None:
     assert same == ((0, 0), 1)
 
 
+def test_runs_without_a_common_folder_need_an_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.linspace(-3, 3, CLIPS).round(3)
+    for name in ("a", "b"):
+        write_run(tmp_path / name, labels, 0.5, seed=0)
+    monkeypatch.setattr("dist_train.compare_page.os.path.commonpath", lambda paths: "/")
+    with pytest.raises(UserError, match=r"--output: is not given, and the runs have no folder in common"):
+        write_comparison([tmp_path / "a", tmp_path / "b"], None)
+    assert write_comparison([tmp_path / "a", tmp_path / "b"], tmp_path / "out")[1].is_file()
+
+
 def test_what_cannot_be_compared_is_named_at_once(tmp_path: Path) -> None:
     labels = np.linspace(-3, 3, CLIPS).round(3)
     for name in ("a", "b", "c", "d"):
