@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dist_train.missing import AUDIO, MODALITIES
+from dist_train.missing import AUDIO
+from dist_train.names import MODALITIES
 from dist_train.promma import Attention
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from dist_train.keys import flat
-from dist_train.run_record import FLOWS, LEAVE_OUT, SPLITS, Run, number, read_run
+from dist_train.names import FLOWS
+from dist_train.run_record import LEAVE_OUT, SPLITS, Run, number, read_run
 from sharding.errors import UserError, UserErrors
 from sharding.files import MOST_JSON, read_bounded
 

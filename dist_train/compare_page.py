@@ -15,7 +15,7 @@ from rich.table import Table
 from dist_train import figures
 from dist_train.compare import Comparison, FlowScore, Setting, compare
 from dist_train.figures import FLOW_COLOURS, FLOW_NAMES, INK, WIDTH
-from dist_train.run_record import FLOWS
+from dist_train.names import FLOWS
 from dist_train.scaling_page import replace
 from sharding.errors import UserError
 

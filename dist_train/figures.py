@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dist_train.run_record import FLOWS
+from dist_train.names import FLOWS
 
 FLOW_NAMES = {"complete": "complete flow", "missing": "missing flow"}
 WIDTH = 5.8  # inches

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from dist_train.cmpt import CMPT, Available, Pooled
 from dist_train.imagination import MIA, ImaginationSettings
-from dist_train.missing import MODALITIES, TEXT, Streams, keep_where, lacked
+from dist_train.missing import TEXT, Streams, keep_where, lacked
+from dist_train.names import MODALITIES
 from dist_train.promma import ProMMA
 from dist_train.refine import VGMR, RefineSettings
 from dist_train.rollout import evaluating

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_train.missing import MODALITIES
+from dist_train.names import MODALITIES
 from dist_train.notes import column
 from dist_train.recipe import Recipe
 from sharding.stream import ShardedSplit

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dist_train.fusion import FlowOutput
+from dist_train.names import FLOWS
 
 # Two label distances closer than this count as equal (official code).
 RNC_SLACK = 1e-4
-FLOWS = ("complete", "missing")
 VALUE_EDGE = 1e-4
 VALUE_SPREAD = 0.1
 

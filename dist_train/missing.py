@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dist_train.names import MODALITIES
 from dist_train.packed import TextStates
 
-MODALITIES = ("audio", "text", "vision")
 AUDIO, TEXT, VISION = range(3)
 Missing = Literal["text", "audio", "vision", "random"]
 

@@ -15,10 +15,10 @@ import yaml
 
 from dist_train import figures, representation_figures, robustness_figures
 from dist_train.figures import Plot
+from dist_train.names import FLOWS, MODALITIES
 from dist_train.report_clips import RULES, cards
-from dist_train.robustness_record import MODALITIES
 from dist_train.run_directory import refuse_links
-from dist_train.run_record import FLOWS, SPLITS, Run, number, read_run
+from dist_train.run_record import SPLITS, Run, number, read_run
 from sharding.errors import UserError, plain
 
 METRICS = {

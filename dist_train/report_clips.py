@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dist_train.clip_media import LONGEST_PLAYED, Clip, Corpus
-from dist_train.run_record import FLOWS, Run, one_line
+from dist_train.names import FLOWS
+from dist_train.run_record import Run, one_line
 from sharding.errors import plain
 
 APART, WRONG, TYPICAL = 3, 3, 2  # clips of each kind

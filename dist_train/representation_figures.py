@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from dist_train.figures import FAINT, FLOW_NAMES, INK, WIDTH, Plot, distances, similarity
+from dist_train.names import FLOWS, MODALITIES
 from dist_train.robustness_figures import VALUE_NAMES
-from dist_train.robustness_record import MODALITIES
-from dist_train.run_record import FLOWS, Run
+from dist_train.run_record import Run
 
 MARKERS = {"complete": "o", "missing": "^"}
 

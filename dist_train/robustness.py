@@ -22,10 +22,10 @@ from dist_train.build import open_split, to_device
 from dist_train.costs import clip_costs
 from dist_train.evaluate import load_trained
 from dist_train.fusion import Fused
-from dist_train.losses import FLOWS
 from dist_train.metrics import Metrics, floors, valence_metrics
-from dist_train.missing import MODALITIES, TEXT, Streams, without
+from dist_train.missing import TEXT, Streams, without
 from dist_train.model import DoubleFlow
+from dist_train.names import FLOWS, MODALITIES
 from dist_train.packed import TextStates
 from dist_train.recipe import Recipe
 from dist_train.robustness_record import Robustness

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, model_validator
 
-Modality = Literal["audio", "text", "vision"]
-MODALITIES: tuple[Modality, ...] = get_args(Modality)
+from dist_train.names import Modality
+
 Metrics = dict[str, FiniteFloat | None]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9 .+]{1,60}$")]  # goes into figures
 

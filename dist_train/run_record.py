@@ -18,12 +18,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from dist_train.robustness_record import MODALITIES, Robustness
+from dist_train.names import FLOWS, MODALITIES
+from dist_train.robustness_record import Robustness
 from sharding.errors import UserError
 from sharding.files import MOST_JSON, MOST_YAML, read_bounded
 from sharding.plain_yaml import MOST_DEPTH, check_yaml
 
-FLOWS = ("complete", "missing")
 MARKS = ("recipe.yaml", "metrics.jsonl", "summary.json")
 MOST_RECORD = 1 << 24  # bytes of a summary or of representations; a run writes some kB of them
 MOST_CLIPS = 1000  # whose distances to each other are drawn; a run keeps 96

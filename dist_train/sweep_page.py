@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from dist_train.figures import FLOW_COLOURS, FLOW_NAMES, NEUTRAL, WIDTH, render
-from dist_train.run_record import FLOWS
+from dist_train.names import FLOWS
 
 Row = dict[str, Any]  # of the table, by column
 MOST_SHOWN = 40  # settings in the figure, the best

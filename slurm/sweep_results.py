@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from dist_train.names import FLOWS
 from dist_train.resume import flat
-from dist_train.run_record import FLOWS, number
+from dist_train.run_record import number
 from dist_train.sweep_page import write_page
 from dist_train.tables import NAMES
 from sharding.errors import UserError

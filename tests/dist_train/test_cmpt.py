@@ -15,7 +15,7 @@ from dist_train.audio import AudioEncoder, AudioSettings
 from dist_train.build import build_collator, build_model
 from dist_train.cmpt import CMPT, Pooled
 from dist_train.losses import alignment_loss
-from dist_train.missing import MODALITIES
+from dist_train.names import MODALITIES
 from dist_train.recipe import validate
 from sharding.errors import UserErrors
 from tests import tiny

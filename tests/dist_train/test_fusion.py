@@ -9,7 +9,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from dist_train.fusion import FlowOutput, FusionNetwork, FusionSettings, FusionWidths, PooledUMCA
 from dist_train.imagination import ImaginationSettings
-from dist_train.missing import MODALITIES, Streams
+from dist_train.missing import Streams
+from dist_train.names import MODALITIES
 from dist_train.packed import TextStates
 
 WIDTHS = FusionWidths(audio=10, text=12, vision=6)

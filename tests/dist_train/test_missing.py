@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_train.missing import MODALITIES, Streams, draw_dropped, has_teacher, without
+from dist_train.missing import Streams, draw_dropped, has_teacher, without
+from dist_train.names import MODALITIES
 from dist_train.packed import TextStates
 from tests.dist_train.work_systems import SYSTEMS
 from tests.ranks import run_ranks

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from dist_train import figures
+from dist_train.names import FLOWS
 from dist_train.report import plan_plots, write_report
-from dist_train.run_record import FLOWS, Run, read_run
+from dist_train.run_record import Run, read_run
 from sharding.errors import UserError
 
 TERMS = ["mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"]

@@ -17,10 +17,11 @@ from dist_train.build import build_collator, build_model, open_split
 from dist_train.evaluate import predict
 from dist_train.metrics import valence_metrics
 from dist_train.model import DoubleFlow
+from dist_train.names import MODALITIES
 from dist_train.packed import TextStates
 from dist_train.report import write_report
 from dist_train.robustness import NOISES, PATTERNS, RATES, Noise, Outcomes, noisy, outcomes, summarise
-from dist_train.robustness_record import MODALITIES, Robustness
+from dist_train.robustness_record import Robustness
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("world_of_one")
