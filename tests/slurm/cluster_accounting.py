@@ -24,10 +24,11 @@ def installed() -> bool:
 def start_database(settings: Settings, processes: Processes) -> None:
     """Make and start a database of this cluster's own, on 127.0.0.1, and write slurmdbd.conf for it."""
     home = settings.directory / "sql"
-    home.mkdir(exist_ok=True)
+    temporary = home / "tmp"  # of its own: a MariaDB that starts removes what others have in a shared one
+    temporary.mkdir(parents=True, exist_ok=True)
     as_root = ["--user=root"] if os.getuid() == 0 else []
     log = settings.directory / "log" / "mariadb-install.log"
-    command = ["mariadb-install-db", "--no-defaults", f"--datadir={home}/data", *as_root]
+    command = ["mariadb-install-db", "--no-defaults", f"--datadir={home}/data", f"--tmpdir={temporary}", *as_root]
     command += ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
     with log.open("w") as out:
         if subprocess.run(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, check=False).returncode:
@@ -40,7 +41,8 @@ def start_database(settings: Settings, processes: Processes) -> None:
         f"CREATE OR REPLACE USER slurm@'127.0.0.1' IDENTIFIED BY '{password}';\n"
         "GRANT ALL ON slurm_acct_db.* TO slurm@'127.0.0.1';\n"
     )
-    command = ["mariadbd", "--no-defaults", *as_root, f"--datadir={home}/data", f"--socket={home}/sql.socket"]
+    command = ["mariadbd", "--no-defaults", *as_root, f"--datadir={home}/data", f"--tmpdir={temporary}"]
+    command += [f"--socket={home}/sql.socket"]
     command += [f"--pid-file={settings.directory}/run/mariadbd.pid", "--bind-address=127.0.0.1", "--skip-name-resolve"]
     command += [f"--port={settings.port('mariadbd')}", f"--init-file={start}", "--performance-schema=OFF"]
     command += ["--innodb-buffer-pool-size=32M", "--innodb-flush-log-at-trx-commit=0", "--innodb-lock-wait-timeout=900"]

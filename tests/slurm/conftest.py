@@ -9,12 +9,14 @@ import tempfile
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
 from tests.slurm import cluster_install
 from tests.slurm.cluster_lifecycle import Cluster
 from tests.slurm.cluster_settings import VARIABLE, NotInThisMode, Settings
+from tests.slurm.runs import SubmittedRun, write_tiny
 
 
 def pytest_configure() -> None:
@@ -123,6 +125,27 @@ def idle_cluster(cluster: LabCluster) -> LabCluster:
     """The cluster, cleaned of what earlier tests left: all nodes run and are idle, no job is left."""
     cluster.clean()
     return cluster
+
+
+class Undisturbed(NamedTuple):
+    """A run on two nodes that nobody disturbs: its recipe, and what it ends with."""
+
+    recipe: Path
+    result: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: LabCluster, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Made once for each file of tests."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    recipe = write_tiny(folder, epochs=8)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in cluster.settings.environment.items():
+            patch.setenv(name, value)
+        run = SubmittedRun(recipe, folder / "run")
+        found = run.result()
+    assert [(attempt.nodes, attempt.ranks) for attempt in run.attempts] == [(["node1", "node2"], 2)]
+    return Undisturbed(recipe, found)
 
 
 @pytest.fixture(autouse=True)

@@ -11,8 +11,19 @@ from typing import Any
 
 import yaml
 
-from slurm.record import Attempt, LaunchRecord, Submission
+from slurm.record import Attempt, Failure, LaunchRecord, Submission
 from slurm.settings import LaunchSettings
+
+JOB = "123456"
+# Of an attempt whose rank 3 was killed, and that is to start again.
+AGAIN: dict[str, Any] = {
+    "outcome": "failed",
+    "last_step": 7,
+    "failures": [Failure(rank=3, node="n2", error="Killed")],
+    "decision": "requeue",
+    "reason": "Killed",
+    "ended": 1,
+}
 
 
 class Laid:

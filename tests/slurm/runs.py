@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -120,3 +122,18 @@ def same(result: dict[str, Any], reference: dict[str, Any]) -> bool:
     different = [key for key in reference if result.get(key) != reference[key]]
     assert not different and result.keys() == reference.keys(), different[:5]
     return True
+
+
+def signal_rank(rank: int, number: signal.Signals) -> None:
+    """A signal to a rank, whatever node it is on: found by its environment."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            variables = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes()
+        except OSError:
+            continue
+        ours = f"SLURM_CONF={os.environ['SLURM_CONF']}".encode() in variables
+        if ours and f"SLURM_PROCID={rank}".encode() in variables and b"submitit.core._submit" in command:
+            os.kill(int(process.name), number)
+            return
+    raise AssertionError("no such rank")
