@@ -1,20 +1,13 @@
 from __future__ import annotations
 
-import os
+from collections.abc import Iterable
 
 import pytest
-
-if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: before torch counts them
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
 import torch
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped, and said to be, where no CUDA device is. Those marked `slurm` come first: they
-    wait more than they compute, so that with several processes (`-n`) the others run beside them.
-    """
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+def pytest_collection_modifyitems(items: Iterable[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped, and said to be, where no CUDA device is."""
     if torch.cuda.is_available():
         return
     for item in items:
