@@ -136,9 +136,10 @@ class Undisturbed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def undisturbed(cluster: LabCluster, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """Made once for each file of tests."""
+    """Made once for each file of tests, on a cluster cleaned of what the file before it left."""
+    cluster.clean()
     folder = tmp_path_factory.mktemp("undisturbed")
-    recipe = write_tiny(folder, epochs=8)
+    recipe = write_tiny(folder)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in cluster.settings.environment.items():
             patch.setenv(name, value)

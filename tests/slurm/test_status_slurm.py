@@ -127,7 +127,7 @@ def test_why_jobs_wait_and_how_they_ended(jobs: Jobs) -> None:
     runs = {name: jobs.run(name, job) for name, job in made.items()}
     wait(runs["full"], lambda found: found.state == "starting")
     wait(runs["waits"], lambda found: bool(found.why))
-    wait(runs["later"], lambda found: "Resources" not in found.why)  # Slurm's word until it has looked at it again
+    wait(runs["later"], lambda found: "begin time" in found.why)  # Slurm says Resources until it has looked again
     found = dict(zip(runs, gather([Files(run.path) for run in runs.values()]), strict=True))
     assert {name: one.state for name, one in found.items()} == {
         "full": "starting", "waits": "pending", "held": "pending", "later": "pending", "after": "pending",
