@@ -19,6 +19,7 @@ from sharding.shards import SAMPLE_RATE, Dims, read_sample
 from sharding.table import Table, open_table
 
 LONGEST_PLAYED = 10.0  # seconds; 320 kB as 16 bit
+ENVELOPE = 300  # parts of a clip's waveform that are drawn
 MOST_SAMPLE = 1 << 28  # bytes of a clip in its tar: an hour of sound and as much again
 
 
@@ -26,12 +27,14 @@ class Clip(NamedTuple):
     """One clip of the shards.
 
     text: transcript, None without; wav: 16 bit mono of its first `LONGEST_PLAYED` seconds, empty without a waveform;
-    seconds: of the whole waveform; problem: why there is nothing, "" if there is.
+    seconds: of the whole waveform; envelope: [n] its largest amplitude in each of n equal parts;
+    problem: why there is nothing, "" if there is.
     """
 
     text: str | None = None
     wav: bytes = b""
     seconds: float = 0.0
+    envelope: np.ndarray = np.empty(0)
     problem: str = ""
 
 
@@ -74,7 +77,7 @@ class Corpus:
         audio = sample["audio"]
         if audio is None or audio.ndim != 1:
             return Clip(sample["text"])
-        return Clip(sample["text"], wav_of(audio), len(audio) / SAMPLE_RATE)
+        return Clip(sample["text"], wav_of(audio), len(audio) / SAMPLE_RATE, envelope_of(audio))
 
     def _dataset(self, name: str) -> tuple[Dims, Table]:
         """Widths and index of the dataset of this name; one that cannot be opened is not tried again."""
@@ -119,6 +122,12 @@ def said(error: Exception) -> str:
     if isinstance(first, UserError):
         return f"{plain(first.where)}: {plain(first.problem)}."
     return f"The shards are damaged ({plain(str(first) or type(first).__name__)})."
+
+
+def envelope_of(audio: np.ndarray) -> np.ndarray:
+    """The largest amplitude of a waveform [samples] in each of up to `ENVELOPE` equal parts [n]."""
+    edges = np.linspace(0, len(audio), min(ENVELOPE, len(audio)) + 1).astype(int)[:-1]
+    return np.maximum.reduceat(np.abs(audio), edges) if len(audio) else np.empty(0)
 
 
 def wav_of(audio: np.ndarray) -> bytes:

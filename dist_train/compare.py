@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from dist_train.keys import flat
+from dist_train.label_order import LabelOrder, by_label
 from dist_train.names import FLOWS
 from dist_train.run_record import LEAVE_OUT, SPLITS, Run, number, read_run
 from sharding.errors import UserError, UserErrors
@@ -45,6 +46,8 @@ class Setting(BaseModel):
     Attributes:
         changes: keys of the recipe in which this setting differs from the first, with its values.
         floor: MAE of the constant median of the training labels, if all runs agree on it.
+        label_order: how well the similarity of representations follows the label (`label_order.LabelOrder`), of each
+            run that has representations of the split.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Setting(BaseModel):
     clips: int
     floor: float | None
     flows: dict[str, FlowScore]
+    label_order: list[LabelOrder] = []
 
 
 class Comparison(BaseModel):
@@ -72,10 +76,18 @@ class Scored:
     """
 
     def __init__(self, run: Run, split: str) -> None:
-        self.run = run
+        self.run, self.split = run, split
         self.recipe = flat(run.recipe)
         self.rows = dict(read_predictions(run.path, split))
         self.floor = number(((run.summary.get(split) or {}).get("floor") or {}).get("mae"))
+
+    @property
+    def order(self) -> LabelOrder | None:
+        """How well the similarity of representations of this split follows the label."""
+        found = self.run.representations
+        if found is None or found.split != self.split:
+            return None
+        return by_label(found.complete, found.missing, found.label)
 
     @property
     def compared(self) -> dict[str, object]:
@@ -175,6 +187,7 @@ def setting(group: Sequence[Scored], reference: Sequence[Scored], rng: np.random
         clips=min(len(one.rows) for one in group),
         floor=floors.pop() if len(floors) == 1 else None,
         flows=flows,
+        label_order=[order for one in group if (order := one.order) is not None],
     )
 
 

@@ -12,8 +12,9 @@ import jinja2
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from dist_train import figures
+from dist_train import compare_matrices, figures
 from dist_train.compare import Comparison, FlowScore, Setting, compare
+from dist_train.compare_matrices import Shown
 from dist_train.figures import FLOW_COLOURS, FLOW_NAMES, INK, WIDTH
 from dist_train.names import FLOWS
 from dist_train.scaling_page import replace
@@ -26,7 +27,7 @@ COLUMNS = ("setting", "runs", "complete MAE", AGAINST, "missing MAE", AGAINST, "
 
 
 def write_comparison(directories: Sequence[Path], output: Path | None) -> tuple[Comparison, Path]:
-    """Writes comparison.html, .json and .png; returns what was found, and the page's path.
+    """Writes comparison.html, .json, .png and comparison_similarity.png; returns what was found, and the page's path.
 
     Args:
         output: directory, made if need be. Default: the folder that holds all runs.
@@ -43,8 +44,12 @@ def write_comparison(directories: Sequence[Path], output: Path | None) -> tuple[
         png = figures.render(partial(draw, found))
         replace(folder / "comparison.png", png)
         replace(folder / "comparison.json", found.model_dump_json(indent=1).encode())
+        rows = compare_matrices.shown(found)
+        matrices = figures.render(partial(compare_matrices.draw, rows)) if rows else b""
+        if rows:
+            replace(folder / "comparison_similarity.png", matrices)
         page = folder / "comparison.html"
-        replace(page, html(found, png).encode())
+        replace(page, html(found, png, rows, matrices).encode())
     except OSError as error:
         raise UserError(str(folder), f"cannot be written ({error.strerror})", "Give another --output.") from None
     return found, page
@@ -115,11 +120,22 @@ def draw(found: Comparison) -> Figure:
     return figure
 
 
-def html(found: Comparison, png: bytes) -> str:
-    """The page."""
+def html(found: Comparison, png: bytes, rows: Sequence[Shown], matrices: bytes) -> str:
+    """The page.
+
+    Args:
+        matrices: PNG of the similarity of `rows`, empty where no run has representations.
+    """
     loader = jinja2.PackageLoader("dist_train", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    image = "data:image/png;base64," + base64.b64encode(png).decode()
+    image, similarity = ("data:image/png;base64," + base64.b64encode(part).decode() for part in (png, matrices))
     return environment.get_template("comparison.html.j2").render(
-        found=found, columns=COLUMNS, lines=lines(found), image=image
+        found=found,
+        columns=COLUMNS,
+        lines=lines(found),
+        image=image,
+        similarity=similarity if matrices else "",
+        matrices=rows,
+        order_columns=compare_matrices.COLUMNS,
+        order_lines=compare_matrices.lines(rows),
     )

@@ -18,15 +18,19 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_train.batch import Collator
 from dist_train.build import build_collator, build_model, kept_tokenizer, open_split, to_device
+from dist_train.clip_choice import choose
 from dist_train.costs import clip_costs
 from dist_train.fusion import REPRESENTATION_WIDTH
 from dist_train.metrics import floors, gap, valence_metrics
-from dist_train.model import Flows
+from dist_train.missing import lacked
+from dist_train.model import DoubleFlow, Flows
+from dist_train.names import FLOWS
 from dist_train.packed import Tokens
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.run_record import one_line
 from dist_train.run_state import PARTS, check_bases, read_run_state
+from dist_train.token_attention import write_attention
 from sharding.budget import Cost
 from sharding.checkpoint import fingerprints, load_weights
 from sharding.collectives import device, gather_objects, together
@@ -45,7 +49,9 @@ TEXT_FIELD = re.compile(r"[A-Za-z0-9_-]{1,60}")  # becomes part of a file's name
 class Predictions:
     """Both flows over a split, in key order, on all ranks. Arrays of n clips.
 
-    representations: of the first SHOWN_CLIPS clips, "complete" and "missing" [m, 128] and "label" [m]; with VGMR also
+    representations: of the first SHOWN_CLIPS clips, "complete" and "missing" [m, 128] and "label" [m]; "stand_in"
+        [m, 3, d], see `fusion.Fused`, and "lacks" [m], number of the modality it is about, -1 for a clip that has
+        no such modality and so nothing that could be imagined rightly; with VGMR also
         "refine_complete" and "refine_missing" [m, 3, k + 1], what it thinks of audio, text and vision: g and the mean
         of p as far as the recipe has them, and the gate.
     """
@@ -114,7 +120,9 @@ def predict(
         if flows.answers is not None:
             assert collate.tokenizer is not None  # where something is said, there is a language model
             said = written(flows.answers, collate.tokenizer)
-        vectors = {name: value.float().cpu().numpy() for name, value in shown_of(flows).items()}
+        lacks = lacked(micro["dropped"])
+        lacks = torch.where(present[torch.arange(len(lacks)), lacks], lacks, -1)
+        vectors = {name: value.float().cpu().numpy() for name, value in {**shown_of(flows), "lacks": lacks}.items()}
         columns: dict[str, list[Any]] = {
             "index": micro["index"].tolist(),
             "label": micro["label"].tolist(),
@@ -161,6 +169,8 @@ def predict(
 def shown_of(flows: Flows) -> dict[str, Tensor]:
     """What is kept of the clips that are shown, by its name in `Predictions.representations`."""
     shown = {"complete": flows.complete.representation, "missing": flows.missing.representation}
+    if "stand_in" in flows.notes:
+        shown["stand_in"] = flows.notes["stand_in"]
     for flow in ("complete", "missing"):
         if f"gate/{flow}" in flows.notes:
             values = flows.notes[f"estimates/{flow}"], flows.notes[f"gate/{flow}"][..., None]
@@ -224,6 +234,15 @@ def write_predictions(directory: Path, split: str, predictions: Predictions) -> 
             present = map(int, predictions.present[row])
             table.writerow([key, *(f"{value:.6g}" for value in values), *present, predictions.said[row]])
     save_file(predictions.representations, directory / f"representations_{split}.safetensors")
+
+
+def chosen_rows(predictions: Predictions) -> list[int]:
+    """The clips that a report will show: it reads predictions of six digits."""
+    label, *flows = (
+        np.array([float(f"{value:.6g}") for value in values])
+        for values in (predictions.label, predictions.complete, predictions.missing)
+    )
+    return [row for row, _ in choose(label, dict(zip(FLOWS, flows, strict=True)), predictions.keys)]
 
 
 def load_trained(
@@ -313,6 +332,9 @@ def evaluate_checkpoint(
     scores = score(predictions, open_split(recipe, "train").labels if train_labels is None else train_labels)
     if dist.get_rank() == 0:
         write_predictions(run.path, name, predictions)
+        assert isinstance(model, DoubleFlow)
+        keys = [predictions.keys[row] for row in chosen_rows(predictions)]
+        write_attention(run.path / f"attention_{name}.safetensors", model, split, collate, keys)
     return {**scores, "set_aside": predictions.set_aside, "clips": len(predictions.keys)}
 
 

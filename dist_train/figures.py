@@ -253,6 +253,12 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(((a[:, None, :].astype(np.float64) - b[None, :, :]) ** 2).sum(-1))
 
 
+def label_places(label: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Up to four places along clips ordered by label [n], and the labels there."""
+    places = np.unique(np.linspace(0, len(label) - 1, 6).round().astype(int)[1:-1])
+    return places, [f"{label[place] + 0.0:.2g}".replace("-", "−") for place in places]  # + 0.0: no negative zero
+
+
 def similarity(complete: np.ndarray, missing: np.ndarray, label: np.ndarray) -> Figure:
     """L2 distances between representations ordered by label, complete x complete beside complete x missing.
 
@@ -265,8 +271,7 @@ def similarity(complete: np.ndarray, missing: np.ndarray, label: np.ndarray) -> 
     figure = Figure(figsize=(WIDTH, 3.9))
     panels = figure.subplots(1, 2, sharey=True)
     top = max(float(np.max(matrix)) for matrix in matrices) or 1.0
-    places = np.unique(np.linspace(0, len(label) - 1, 6).round().astype(int)[1:-1])
-    names = [f"{label[place] + 0.0:.2g}".replace("-", "−") for place in places]  # + 0.0: no negative zero
+    places, names = label_places(label)
     for axes, matrix, columns in zip(panels, matrices, FLOWS, strict=True):
         image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=top, interpolation="nearest", rasterized=True)
         axes.grid(visible=False)

@@ -73,7 +73,11 @@ class FlowOutput(NamedTuple):
 
 
 class Fused(NamedTuple):
-    """Both flows of B clips, and what else the losses need of each clip: named tensors [B, …]."""
+    """Both flows of B clips, and what else the losses need of each clip: named tensors [B, …].
+
+    Outside of training also `stand_in` [B, 3, d]: pooled vectors of the modality that the missing flow lacks, as the
+    complete flow has it, as it comes into the missing flow, and as it is imagined there.
+    """
 
     complete: FlowOutput
     missing: FlowOutput
@@ -263,10 +267,16 @@ class FusionNetwork(nn.Module):
         left_over = [once if same else projection(stream.states) for same, once, projection, stream in parts]
         whole = self.look(projected, [stream.mask for stream in complete], torch.zeros_like(dropped))
         rest = self.look(left_over, [stream.mask for stream in missing], dropped)
+        incoming = rest.vectors
         if self.cmpt is not None and available is not None:
             proxies = self.cmpt(projected, [stream.mask for stream in complete], available.heard)
             notes["alignment"] = self.cmpt.distances(whole.vectors, proxies, available.present)
             rest = self.cmpt.fill(rest, proxies, available.present, dropped)
+        if not self.training:  # to be shown; in training all notes travel to all ranks
+            imagined = imagine(self.pooled_imagination, rest.vectors, dropped)
+            rows, which = torch.arange(len(dropped), device=dropped.device), lacked(dropped)
+            of = [torch.stack(list(vectors), 1)[rows, which] for vectors in (whole.vectors, incoming, imagined)]
+            notes["stand_in"] = torch.stack(of, 1)
         return Fused(self.flow(whole, dropped, missing=False), self.flow(rest, dropped, missing=True), notes)
 
     @torch.no_grad()

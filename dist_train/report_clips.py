@@ -4,45 +4,20 @@ from __future__ import annotations
 
 import base64
 import math
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import numpy as np
 
+from dist_train import attention_figures, figures
+from dist_train.clip_choice import APART, TYPICAL, WRONG, choose
 from dist_train.clip_media import LONGEST_PLAYED, Clip, Corpus
 from dist_train.names import FLOWS
-from dist_train.run_record import Run, one_line
+from dist_train.run_record import Run, TokenWeights, one_line
 from sharding.errors import plain
 
-APART, WRONG, TYPICAL = 3, 3, 2  # clips of each kind
 LONGEST_TEXT = 800  # characters shown
 RULES = {"apart": "flows apart", "wrong": "large error", "typical": "typical error"}
-
-
-class Chosen(NamedTuple):
-    """A row of the predictions, and the rule that chose it."""
-
-    row: int
-    rule: str
-
-
-def choose(label: np.ndarray, flows: dict[str, np.ndarray], keys: list[str]) -> list[Chosen]:
-    """First the clips on which the flows differ most, then those with the largest error of either flow, then those
-    whose mean error of both flows is nearest to its median. A clip is taken once; ties go by key. Arrays [n].
-    """
-    predicted = np.stack([flows[flow] for flow in FLOWS])
-    errors = np.abs(predicted - label)
-    mean = errors.mean(0)
-    ranks = {
-        "apart": (-np.abs(predicted[0] - predicted[1]), APART),
-        "wrong": (-errors.max(0), WRONG),
-        "typical": (np.abs(mean - np.median(mean)), TYPICAL),
-    }
-    chosen: list[Chosen] = []
-    for rule, (rank, count) in ranks.items():
-        taken = {one.row for one in chosen}
-        order = (row for row in sorted(range(len(label)), key=lambda row: (rank[row], keys[row])) if row not in taken)
-        chosen += [Chosen(row, rule) for row, _ in zip(order, range(count), strict=False)]
-    return chosen
 
 
 def cards(run: Run) -> dict[str, Any]:
@@ -73,6 +48,7 @@ def cards(run: Run) -> dict[str, Any]:
             ],
             "present": ", ".join(found.present[row]) or "no modality",
             "imagined": shortened(found.imagined[row]) if decodes else None,
+            "attention": attention(run.attention, found.keys[row], clip.envelope),
             **media(clip),
         }
         for (row, rule), clip in zip(chosen, clips, strict=True)
@@ -86,9 +62,24 @@ def cards(run: Run) -> dict[str, Any]:
         "problem": problems.pop() if len(problems) == 1 and len(shown) > 1 else "",
         "counts": (APART, WRONG, TYPICAL),
         "decodes": decodes,
+        "attends": any(card["attention"] for card in shown),
         "sounds": any(clip.wav for clip in clips),
         "ends": (signed(low), signed(high)),
     }
+
+
+def attention(found: TokenWeights | None, key: str, envelope: np.ndarray) -> dict[str, str]:
+    """Image and caption of how CMPT's tokens attend over a clip; {} where nothing was kept of it."""
+    if found is None or key not in found.clips:
+        return {}
+    weights = found.clips[key]
+    draw = partial(attention_figures.token_attention, weights, found.targets, found.frame_seconds, envelope)
+    shares = " and ".join(
+        f"{share:.0%} of the {target} token's"
+        for share, target in zip(weights[..., 0].mean(0), found.targets, strict=True)
+    )
+    caption = f"Not drawn: {shares} attention, which goes to the tokens themselves (mean over layers)."
+    return {"image": "data:image/png;base64," + base64.b64encode(figures.render(draw)).decode(), "caption": caption}
 
 
 def media(clip: Clip) -> dict[str, Any]:

@@ -2,28 +2,53 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from dist_train.figures import FAINT, FLOW_NAMES, INK, WIDTH, Plot, distances, similarity
-from dist_train.names import FLOWS, MODALITIES
+from dist_train.figures import (
+    FAINT,
+    FLOW_COLOURS,
+    FLOW_NAMES,
+    INK,
+    NEUTRAL,
+    WIDTH,
+    Plot,
+    distances,
+    label_places,
+    similarity,
+)
+from dist_train.label_order import by_label
+from dist_train.names import MODALITIES
 from dist_train.robustness_figures import VALUE_NAMES
-from dist_train.run_record import Run
+from dist_train.run_record import Representations, Run
 
-MARKERS = {"complete": "o", "missing": "^"}
+# Marker and edge of each set of points; what is imagined has the missing flow's colour, like all of that flow.
+MARKS = {
+    "complete": ("o", FLOW_COLOURS["complete"]),
+    "missing": ("^", FLOW_COLOURS["missing"]),
+    "real": ("o", FLOW_COLOURS["complete"]),
+    "incoming": ("x", NEUTRAL),
+    "imagined": ("^", FLOW_COLOURS["missing"]),
+}
+NAMES = {**FLOW_NAMES, "incoming": "as it comes in"}
+PERPLEXITY, SEED = 30, 0
+FEWEST = 12  # points, below which t-SNE has no neighbourhoods to keep
+NO_TSNE = "No t-SNE: scikit-learn is not installed (pip install 'dist-train[figures]')."
 
 
 class Plane(NamedTuple):
-    """Principal components of both flows of n clips together.
+    """Principal components of several points of each of n clips together.
 
-    points: flow -> [n, 2]; explained: [2], share of the variance along each axis; apart: mean distance of a clip's two
-    flows; spread: root mean square distance of all 2n points from their centre. Both over all components.
+    points: set -> [n, 2]; explained: [2], share of the variance along each axis; apart: mean distance of a clip's first
+    point to its last; spread: root mean square distance of all points from their centre. Both over all components.
     """
 
     points: dict[str, np.ndarray]
@@ -32,11 +57,11 @@ class Plane(NamedTuple):
     spread: float
 
 
-def plane(complete: np.ndarray, missing: np.ndarray) -> Plane:
-    """The plane in which the points of both flows [n, d] differ most. The sign of an axis has no meaning: each shows
+def plane(sets: Mapping[str, np.ndarray]) -> Plane:
+    """The plane in which the points of all sets [n, d] differ most. The sign of an axis has no meaning: each shows
     to where its largest coefficient is positive.
     """
-    points = np.concatenate([complete, missing]).astype(np.float64)
+    points = np.concatenate(list(sets.values())).astype(np.float64)
     centred = points - points.mean(0)
     _, sizes, axes = np.linalg.svd(centred, full_matrices=False)
     axes = axes[:2]
@@ -47,38 +72,95 @@ def plane(complete: np.ndarray, missing: np.ndarray) -> Plane:
     total = float((sizes**2).sum())
     if total > 0:
         variance[: len(axes)] = sizes[:2] ** 2 / total
-    halves = dict(zip(FLOWS, np.split(shown, 2), strict=True))
-    apart = float(np.linalg.norm(complete.astype(np.float64) - missing, axis=1).mean())
-    return Plane(halves, variance, apart, math.sqrt(total / len(points)))
+    parts = dict(zip(sets, np.split(shown, len(sets)), strict=True))
+    first, *_, last = (points.astype(np.float64) for points in sets.values())
+    return Plane(parts, variance, float(np.linalg.norm(first - last, axis=1).mean()), math.sqrt(total / len(points)))
 
 
-def representations(points: dict[str, np.ndarray], explained: np.ndarray, label: np.ndarray) -> Figure:
-    """Both points of each clip in one plane, joined by a line; points [n, 2], label [n] is the colour."""
-    figure = Figure(figsize=(WIDTH, 4.6))
-    axes = figure.add_subplot()
-    pairs = np.stack([points[flow] for flow in FLOWS], 1)  # [n, 2 flows, 2]
-    gaps = np.concatenate([pairs, np.full_like(pairs[:, :1], np.nan)], 1).reshape(-1, 2)
-    axes.plot(*gaps.T, color=INK, linewidth=0.5, alpha=0.4, zorder=1)
+def perplexity(points: int) -> float:
+    """Of t-SNE over so many points: 30, or a third of their number."""
+    return min(PERPLEXITY, (points - 1) / 3)
+
+
+def neighbours(sets: Mapping[str, np.ndarray]) -> dict[str, np.ndarray] | None:
+    """t-SNE of the points of all sets [n, d] together, from their principal components on: set -> [n, 2]. None without
+    scikit-learn, and where the points are too few or all alike.
+    """
+    points = np.concatenate(list(sets.values())).astype(np.float64)
+    spread = points.std(0).max()
+    if not has_tsne() or len(points) < FEWEST or points.shape[1] < 2 or spread <= 0:
+        return None
+    from sklearn.manifold import TSNE  # noqa: PLC0415  an extra, and slow to import
+
+    scaled = (points - points.mean(0)) / spread  # of any size: it computes in fp32
+    found = TSNE(perplexity=perplexity(len(points)), init="pca", random_state=SEED).fit_transform(scaled)
+    return dict(zip(sets, np.split(found, len(sets)), strict=True))
+
+
+def has_tsne() -> bool:
+    """Whether scikit-learn is installed."""
+    return importlib.util.find_spec("sklearn") is not None
+
+
+def representations(flat: Plane, near: Mapping[str, np.ndarray] | None, label: np.ndarray) -> Figure:
+    """All points of each clip, joined by a line, in their plane and beside it by t-SNE; label [n] is the colour.
+
+    Args:
+        near: set -> [n, 2], see `neighbours`; None: the plane alone.
+    """
+    views = [("principal components", flat.points)] + ([] if near is None else [("t-SNE", near)])
+    figure = Figure(figsize=(WIDTH, 4.1 if near else 4.6))
+    panels = list(figure.subplots(1, len(views), squeeze=False)[0])
     low, high = float(label.min()), float(label.max())
-    size = float(np.clip(3000 / len(label), 10, 40))
-    for flow, place in points.items():
-        drawn = axes.scatter(
-            place[:, 0], place[:, 1], c=label, cmap="cividis", vmin=low, vmax=high, s=size, marker=MARKERS[flow],
-            linewidths=0.4, edgecolors=INK, zorder=2,
-        )  # fmt: skip
-    first, second = (f"{100 * share:.0f} % of the variance" for share in explained)
-    axes.set(xlabel=f"first component ({first})", ylabel=f"second component ({second})")
-    axes.set_aspect("equal", adjustable="datalim")
-    bar = figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.6, aspect=34, pad=0.03)
+    size = float(np.clip((1500 if near else 3000) / len(label), 8, 40))
+    for axes, (title, points) in zip(panels, views, strict=True):
+        ways = np.stack(list(points.values()), 1)  # [n, sets, 2]
+        gaps = np.concatenate([ways, np.full_like(ways[:, :1], np.nan)], 1).reshape(-1, 2)
+        axes.plot(*gaps.T, color=INK, linewidth=0.5, alpha=0.4, zorder=1)
+        for name, place in points.items():
+            marker, edge = MARKS[name]
+            filled = marker != "x"
+            drawn = axes.scatter(
+                place[:, 0], place[:, 1], c=label, cmap="cividis", vmin=low, vmax=high, s=size, marker=marker,
+                linewidths=0.7 if filled else 1.0, edgecolors=edge if filled else None, zorder=2,
+            )  # fmt: skip
+        axes.set_title(title)
+        square(axes, np.concatenate(list(points.values())))
+    first, second = (f"{100 * share:.0f} %" for share in flat.explained)
+    panels[0].set(xlabel=f"first ({first} of the variance)", ylabel=f"second ({second})")
+    for axes in panels[1:]:
+        axes.set_xticks([])
+        axes.set_yticks([])
+    bar = figure.colorbar(drawn, ax=panels, location="bottom", shrink=0.6, aspect=34, pad=0.03)
     bar.set_label("label")
     bar.outline.set_visible(False)
     marks = [
-        Line2D([], [], color=INK, marker=MARKERS[flow], markersize=5, markerfacecolor="none", linestyle="none",
-               label=FLOW_NAMES[flow])
-        for flow in points
+        Line2D([], [], color=MARKS[name][1], marker=MARKS[name][0], markersize=5, markerfacecolor="none",
+               linestyle="none", label=NAMES.get(name, name))
+        for name in flat.points
     ]  # fmt: skip
-    figure.legend(handles=marks, loc="outside upper left", ncols=2)
+    figure.legend(handles=marks, loc="outside upper left", ncols=3)
     return figure
+
+
+def square(axes: Axes, points: np.ndarray) -> None:
+    """Equal scales around points [n, 2], known before the layout is solved: labels then keep their place."""
+    low, high = points.min(0), points.max(0)
+    half = 0.54 * float((high - low).max()) or 0.5
+    (left, bottom), (right, top) = (low + high) / 2 - half, (low + high) / 2 + half
+    axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
+
+
+def projected(name: str, title: str, sets: Mapping[str, np.ndarray], label: np.ndarray, about: str) -> Plot:
+    """The plot of some sets of points [n, d] of the same clips, by `representations`."""
+    flat, near = plane(sets), neighbours(sets)
+    caption = f"{about} The plane holds {flat.explained.sum():.0%} of their variance."
+    if near is not None:
+        points = len(sets) * len(label)
+        caption += f" t-SNE: perplexity {perplexity(points):g}, seed {SEED}; it keeps neighbourhoods, not distances."
+    elif not has_tsne():
+        caption += f" {NO_TSNE}"
+    return Plot(name, title, caption, partial(representations, flat, near, label))
 
 
 def refinement(refined: Mapping[str, np.ndarray], label: np.ndarray) -> Figure:
@@ -91,8 +173,7 @@ def refinement(refined: Mapping[str, np.ndarray], label: np.ndarray) -> Figure:
     names = VALUE_NAMES[next(iter(refined.values())).shape[2]]
     figure = Figure(figsize=(WIDTH, 0.7 + 1.15 * len(names)))
     panels = figure.subplots(len(names), len(refined), sharex=True, sharey=True, squeeze=False)
-    places = np.unique(np.linspace(0, len(label) - 1, 6).round().astype(int)[1:-1])
-    ticks = [f"{label[place] + 0.0:.2g}".replace("-", "−") for place in places]
+    places, ticks = label_places(label)
     for number, (row, name) in enumerate(zip(panels, names, strict=True)):
         tables = {flow: values[order, :, number].T.astype(np.float64) for flow, values in refined.items()}
         low, high = (float(end(list(tables.values()))) for end in (np.min, np.max))
@@ -121,23 +202,31 @@ def plots(run: Run) -> Iterator[Plot]:
     about = f"of {len(found.label)} clips of the {found.split} split"
     matrix = distances(found.complete, found.missing)
     own, other = np.diag(matrix).mean(), matrix[~np.eye(len(matrix), dtype=bool)].mean() if len(matrix) > 1 else None
+    order = by_label(found.complete, found.missing, found.label)
     caption = (
         f"L2 distance between final representations {about}, ordered by label. The "
         "closer the right matrix is to the left one, the better the missing flow stands in for the complete one. "
-        f"Mean distance of a clip's two flows: {own:.3g}"
+        + (
+            ""
+            if order is None
+            else f"Spearman correlation of distance and label difference: complete × complete {order.complete:.2f}, "
+            f"complete × missing {order.between:.2f}. "
+        )
+        + f"Mean distance of a clip's two flows: {own:.3g}"
         + ("." if other is None else f"; of different clips: {other:.3g}.")
     )
     draw = partial(similarity, found.complete, found.missing, found.label)
     yield Plot("similarity", titles[0], caption, draw)
-    flat = plane(found.complete, found.missing)
+    flows = {"complete": found.complete, "missing": found.missing}
+    flat = plane(flows)
     ratio = f", {flat.apart / flat.spread:.2f} of the spread of all points" if flat.spread > 0 else ""
     caption = (
-        f"Principal components of the final representations {about}, one plane for both flows: it holds "
-        f"{flat.explained.sum():.0%} of their variance. A line joins the two points of a clip. In all dimensions they "
-        f"are {flat.apart:.3g} apart in the mean{ratio} (root mean square distance from the centre, {flat.spread:.3g})."
+        f"Final representations {about}, both flows together. A line joins the two points of a clip: in all dimensions "
+        f"they are {flat.apart:.3g} apart in the mean{ratio} (root mean square distance from the centre, "
+        f"{flat.spread:.3g})."
     )
-    draw = partial(representations, flat.points, flat.explained, found.label)
-    yield Plot("representations", titles[1], caption, draw)
+    yield projected("representations", titles[1], flows, found.label, caption)
+    yield from imagined(found)
     if found.refined:
         yield Plot(
             "refinement",
@@ -145,3 +234,39 @@ def plots(run: Run) -> Iterator[Plot]:
             f"Values in (0, 1) and gate, 1 where it is neutral, {about}, by label. Each scale spans what occurs.",
             partial(refinement, found.refined, found.label),
         )
+
+
+def imagined(found: Representations) -> Iterator[Plot]:
+    """What is imagined beside what it imagines; nothing of runs that imagine nothing, or only what no clip has."""
+    if found.stand_in is None or found.lacks is None:
+        return
+    known = found.lacks >= 0
+    real, incoming, made = (points[known] for points in found.stand_in.swapaxes(0, 1))
+    lacks = found.lacks[known]
+    if len(made) < 2 or not differs(made, lacks):  # the same for all clips: a zero step stands in
+        return
+    sets = {"real": real, "imagined": made}
+    changed = differs(incoming, lacks) and not np.allclose(incoming, made)
+    if changed:
+        sets = {"real": real, "incoming": incoming, "imagined": made}
+    matrix = distances(real, made)
+    own, other = np.diag(matrix).mean(), matrix[~np.eye(len(matrix), dtype=bool)].mean()
+    names = " or ".join(name for number, name in enumerate(MODALITIES) if (lacks == number).any())
+    caption = (
+        f"Pooled vectors of {names} of {known.sum()} clips of the {found.split} split that have it: real, "
+        + (
+            "as it comes into the missing flow, and as MIA-1 makes it of that"
+            if changed
+            else "and what stands in for it"
+        )
+        + f". Mean distance of what is imagined to its own clip's real vector {own:.3g}, to other clips' {other:.3g}"
+        + (f"; as it comes in, to its own {np.linalg.norm(incoming - real, axis=1).mean():.3g}. " if changed else ".")
+        + ("No loss compares these very vectors: MKD-1 and MKD-2 do so one layer further on." if changed else "")
+    )
+    yield projected("imagined", "What is imagined, and what it imagines", sets, found.label[known], caption)
+
+
+def differs(vectors: np.ndarray, lacks: np.ndarray) -> bool:
+    """Whether vectors [n, d] of one modality differ between clips; lacks [n]: which modality it is."""
+    groups = [vectors[lacks == number] for number in np.unique(lacks)]
+    return any(bool(group.std(0).max() > 1e-4 * np.abs(group).max()) for group in groups)  # more than rounding

@@ -46,7 +46,8 @@ class Predictions(NamedTuple):
 
 class Representations(NamedTuple):
     """representations_<split>.safetensors: [n, 128], [n, 128], [n]; refined: of a run with VGMR, flow -> [n, 3, k + 1],
-    g and the mean of p as far as it has them, and the gate, of audio, text and vision.
+    g and the mean of p as far as it has them, and the gate, of audio, text and vision. stand_in: [n, 3, d], pooled
+    vectors of the modality `lacks` [n] (number, or -1): real, as it comes in, and imagined; None of older runs.
     """
 
     split: str
@@ -54,6 +55,19 @@ class Representations(NamedTuple):
     missing: np.ndarray
     label: np.ndarray
     refined: dict[str, np.ndarray]
+    stand_in: np.ndarray | None = None
+    lacks: np.ndarray | None = None
+
+
+class TokenWeights(NamedTuple):
+    """attention_<split>.safetensors: by key of a clip, [layers, K, 1 + T], the weight that each of CMPT's K tokens
+    gives to all tokens together and to each frame, mean over heads. targets: [K], what the tokens stand for;
+    frame_seconds: 0 where audio comes as features.
+    """
+
+    targets: list[str]
+    frame_seconds: float
+    clips: dict[str, np.ndarray]
 
 
 @dataclass
@@ -70,6 +84,7 @@ class Run:
     predictions: Predictions | None = None
     representations: Representations | None = None
     robustness: Robustness | None = None
+    attention: TokenWeights | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -108,6 +123,8 @@ def read_run(path: Path) -> Run:
         run.predictions = run.predictions or _read_predictions(run, split)
         run.representations = run.representations or _read_representations(run, split)
         run.robustness = run.robustness or _read_robustness(run, split)
+    if run.predictions is not None:
+        run.attention = _read_attention(run, run.predictions.split)
     if not (path / "summary.json").is_file():
         run.problems.insert(
             0, "No summary.json: this run was interrupted or is still training. Shown is what it wrote."
@@ -214,7 +231,44 @@ def _read_representations(run: Run, split: str) -> Representations | None:
         run.problems.append(f"{path.name}: what VGMR says of the clips is damaged and left out.")
         refined = {}
     values = {flow: values[good] for flow, values in refined.items()}
-    return Representations(split, complete[good], missing[good], label[good], values)
+    stand_in, lacks = tensors.get("stand_in"), tensors.get("lacks")
+    if stand_in is not None or lacks is not None:
+        if (
+            stand_in is None
+            or lacks is None
+            or stand_in.ndim != 3
+            or stand_in.shape[:2] != (len(label), 3)
+            or lacks.shape != label.shape
+            or not np.isfinite(stand_in).all()
+            or not np.isin(lacks, (-1, 0, 1, 2)).all()
+        ):
+            run.problems.append(f"{path.name}: what is imagined of the clips is damaged and left out.")
+            stand_in = lacks = None
+        else:
+            stand_in, lacks = stand_in[good], lacks[good].astype(int)
+    return Representations(split, complete[good], missing[good], label[good], values, stand_in, lacks)
+
+
+def _read_attention(run: Run, split: str) -> TokenWeights | None:
+    path = run.path / f"attention_{split}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        tensors = load(read_bounded(path, MOST_RECORD, LEAVE_OUT))
+        targets, (seconds,) = tensors.pop("targets").tolist(), tensors.pop("frame_seconds").tolist()
+        clips = {name.removeprefix("clip/"): weights for name, weights in tensors.items()}
+        fits = all(
+            weights.ndim == 3 and weights.shape[0] > 0 and weights.shape[1] == len(targets) and weights.shape[2] > 1
+            # of rows that sum to 1; fp16 rounds each of many small numbers
+            and np.allclose(weights.sum(2, dtype=np.float64), 1, atol=0.05) and (weights >= 0).all()
+            for weights in clips.values()
+        )  # fmt: skip
+        if not fits or not 0 <= seconds < 1:
+            raise ValueError("it holds no weights")
+        return TokenWeights([MODALITIES[target] for target in targets], seconds, clips)
+    except (OSError, UserError, SafetensorError, KeyError, IndexError, TypeError, ValueError) as error:
+        run.problems.append(f"{path.name} cannot be read: {error}.")
+        return None
 
 
 def _read_robustness(run: Run, split: str) -> Robustness | None:

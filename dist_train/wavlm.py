@@ -9,7 +9,7 @@ again, a few queries at a time: no tensor of T x T outlives its chunk.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -180,8 +180,20 @@ class Dropout:
         return drawn.lt_(self.keep).to(weights.dtype)
 
 
+def first_weights(count: int, query: Tensor, key: Tensor, gate: Tensor, bias: Tensor, padding: Tensor) -> Tensor:
+    """Attention weights [R, count, T] of the first frames, in full precision; arguments as of GatedBiasAttention."""
+    start = query.shape[1] - count  # the last frame comes first
+    query, key, gate, bias, padding = (x.float() for x in (query[:, start:], key, gate[:, start:], bias, padding))
+    return attention_weights(query, key, gated_bias(gate, bias[:, start:], padding)).flip(1)
+
+
 class Attention(WavLMAttention):
     """WavLMAttention's parameters and results, computed by GatedBiasAttention."""
+
+    watched = 0
+    """First frames whose weights are told to `watch` (the report shows those of CMPT's tokens)."""
+    watch: Callable[[Tensor], None] | None = None
+    """Gets [B, heads, watched, T]."""
 
     def forward(  # type: ignore[override]
         self,
@@ -207,13 +219,23 @@ class Attention(WavLMAttention):
             padding.masked_fill_(attention_mask.ne(1)[:, None], torch.finfo(padding.dtype).min / 2)
         reversed_states = hidden_states.flip(1)
         dropout = self.dropout if self.training else 0.0
+        query = self.by_head(self.q_proj(reversed_states)) * self.scaling
+        key = self.by_head(self.k_proj(hidden_states))
+        value = self.by_head(self.v_proj(hidden_states))
+        gate = self.by_head(self.gate(reversed_states))
+        bias = position_bias.repeat(clips, 1)
+        padding = padding.repeat_interleave(self.num_heads, 0)
+        if self.watch is not None:
+            with torch.no_grad():
+                weights = first_weights(self.watched, query, key, gate, bias, padding)
+            self.watch(weights.unflatten(0, (clips, self.num_heads)))
         context = GatedBiasAttention.apply(
-            self.by_head(self.q_proj(reversed_states)) * self.scaling,
-            self.by_head(self.k_proj(hidden_states)),
-            self.by_head(self.v_proj(hidden_states)),
-            self.by_head(self.gate(reversed_states)),
-            position_bias.repeat(clips, 1),
-            padding.repeat_interleave(self.num_heads, 0),
+            query,
+            key,
+            value,
+            gate,
+            bias,
+            padding,
             dropout,
             int(torch.randint(2**62, ())) if dropout else 0,
         )

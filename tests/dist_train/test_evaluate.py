@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from dist_train import evaluate
 from dist_train.build import build_collator, build_model, open_split
 from dist_train.evaluate import Predictions, find_checkpoint, judged, predict, score, write_predictions
-from dist_train.model import DoubleFlow, Flows
+from dist_train.model import DoubleFlow, Flows, Inputs
+from dist_train.names import MODALITIES
 from dist_train.packed import Tokens
 from dist_train.rank import check_size
 from dist_train.recipe import Recipe
@@ -126,6 +127,48 @@ def test_imagined_text_is_kept_as_it_was_decoded(shards: Path, tokenizer: PreTra
 
     assert run(made, tokenizer, telling).said == ["good film", "", "a plot was"] * 3
     assert run(recipe(shards), tokenizer).said == [""] * 9
+
+
+@pytest.mark.parametrize("kind", ["mia", "cmpt"])
+def test_what_is_imagined_of_the_shown_clips_is_kept(
+    kind: str, shards: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pooled text vector as the complete flow has it, as it comes into the missing flow, and as it is imagined."""
+    monkeypatch.setattr(evaluate, "SHOWN_CLIPS", 6)
+    made = recipe(
+        shards,
+        imagination={"kind": kind, "heads": 2},
+        simulation={"rollout": "none" if kind == "cmpt" else "prefix"},
+    )
+    model, split = build(made, tokenizer), open_split(made, "test")
+    collate = build_collator(made, tokenizer, model)
+    kept = run(made, tokenizer, model).representations
+    assert kept["stand_in"].shape == (6, 3, 16)
+    pooled: list[Any] = []
+    model.fusion.pooled_attention[1].register_forward_hook(lambda _, __, output: pooled.append(output))
+    imagined: list[Any] = []
+    if kind == "mia":
+        model.fusion.pooled_imagination["text"].register_forward_hook(lambda _, __, output: imagined.append(output))
+    for row in range(6):
+        pooled.clear(), imagined.clear()  # type: ignore[func-returns-value]
+        batch = collate([{**split[row], "real": True}])
+        with torch.no_grad():
+            inputs = model.streams(batch)
+            model(batch)
+            last = imagined[-1] if imagined else proxy(model, inputs, pooled[-1])
+        expected = torch.stack([pooled[-2][0], pooled[-1][0], last[0]]).numpy()
+        np.testing.assert_allclose(kept["stand_in"][row], expected, atol=1e-5)
+        assert kept["lacks"][row] == (1 if split[row]["text"] is not None else -1)
+    assert -1 in kept["lacks"] and 1 in kept["lacks"]
+
+
+def proxy(model: Any, inputs: Inputs, otherwise: Any) -> Any:
+    """Mean of the text's proxies in what a clip has."""
+    fusion = model.fusion
+    sequences = fusion.project(inputs.whole)
+    proxies = fusion.cmpt(sequences, [stream.mask for stream in inputs.whole], inputs.available.heard)
+    there = [states[:, 0] for name, states in proxies.items() if inputs.available.present[0, MODALITIES.index(name)]]
+    return torch.stack(there).mean(0) if there else otherwise
 
 
 def test_what_vgmr_thinks_of_the_shown_clips_is_kept(
