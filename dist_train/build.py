@@ -29,10 +29,10 @@ from sharding.zero import build_engine
 
 
 def fit_to_dataset(recipe: Recipe) -> Recipe:
-    """The recipe with the dataset's feature widths filled in.
+    """The recipe with the dataset's feature widths and classes filled in.
 
     Raises:
-        UserError: a stream the recipe reads is not in the dataset at all.
+        UserError: a stream the recipe reads is not in the dataset at all, or its labels are not what the task asks for.
     """
     contents = contents_of(recipe.data)
     check_features(recipe.data, contents)
@@ -61,7 +61,8 @@ def fit_to_dataset(recipe: Recipe) -> Recipe:
         simulated=dims.simulated or 1,
         vision=dims.vision or 1,
     )
-    changes: dict[str, Any] = {"widths": widths}
+    task = recipe.task.fitted(contents.classes, recipe.data.name)
+    changes: dict[str, Any] = {"widths": widths, "task": task}
     if contents.features is not None:
         changes["data"] = recipe.data.model_copy(update={"features": pinned(contents.features)})
     return recipe.model_copy(update=changes)
@@ -95,10 +96,11 @@ def contents_of(data: DataSettings) -> Contents:
 
 
 def open_split(recipe: Recipe, name: str) -> ShardedSplit:
-    """One split of the recipe's dataset, or of its mix.
+    """One split of the recipe's dataset, or of its mix; its labels are what the recipe's task predicts.
 
     Raises:
-        UserError, UserErrors: it cannot be opened, or holds other features than the recipe asks for.
+        UserError, UserErrors: it cannot be opened, holds other features than the recipe asks for, or labels that are no
+            class of the task.
     """
     data = recipe.data
     if data.path is not None:
@@ -106,6 +108,8 @@ def open_split(recipe: Recipe, name: str) -> ShardedSplit:
     else:
         split = MixedSplit(parts_of(data), name, data.on_bad_sample)
     check_features(data, split.info)
+    task = recipe.task.fitted(split.info.classes, data.name)
+    split.labels = task.checked(split.labels, split.keys, f"{data.name}, split {name}")
     return split
 
 

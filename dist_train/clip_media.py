@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import soundfile
 
+from dist_train.task import task_of
 from sharding.errors import UserError, UserErrors, plain
 from sharding.files import opened
 from sharding.shards import SAMPLE_RATE, Dims, read_sample
@@ -47,7 +48,7 @@ class Corpus:
 
     def __init__(self, recipe: dict[str, Any], split: str) -> None:
         self.split = split
-        self.roots = roots(recipe)
+        self.roots, self.task = roots(recipe), task_of(recipe)
         self._open: dict[str, tuple[Dims, Table] | Exception] = {}
 
     def read(self, key: str, label: float) -> Clip:
@@ -65,7 +66,8 @@ class Corpus:
         row = bisect_left(table.key, rest)
         if row == len(table) or table.key[row] != rest:
             raise UserError(where, f"has no clip {key} any more", "")
-        if not abs(table.label[row] - label) <= 1e-5 * max(1.0, abs(label)):  # the file of predictions has six digits
+        kept = float(self.task.targets(table.label[row : row + 1])[0])
+        if not abs(kept - label) <= 1e-5 * max(1.0, abs(label)):  # the file of predictions has six digits
             raise UserError(where, f"now has another clip {key}, of label {table.label[row]:g}", "")
         size = int(table.size[row])
         if not 0 < size <= MOST_SAMPLE:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from pydantic import BaseModel
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 from dist_train.keys import flat
 from dist_train.label_order import LabelOrder, by_label
 from dist_train.names import FLOWS
-from dist_train.run_record import LEAVE_OUT, SPLITS, Run, number, read_run
+from dist_train.run_record import LEAVE_OUT, SPLITS, Run, are_places, classes_of, number, read_run
 from sharding.errors import UserError, UserErrors
 from sharding.files import MOST_JSON, read_bounded
 
@@ -27,17 +28,20 @@ class FlowScore(BaseModel):
     """One flow of a setting.
 
     Attributes:
-        mae: mean over seeds; by_seed: each; deviation: between seeds (n - 1), None of one seed.
-        difference: of MAE to the first setting, over the clips that both have; interval: its 95 % interval; p: of no
-            difference, two-sided. Paired bootstrap over clips, errors averaged over seeds. None for the first setting.
+        mean: of the metric over seeds; by_seed: each; deviation: between seeds (n - 1), None of one seed.
+        difference: of the metric to the first setting, over the clips that both have; interval: its 95 % interval; p:
+            of no difference, two-sided. Paired bootstrap over clips, what counts of a clip averaged over seeds. None
+            for the first setting.
+        macro_f1: of classifiers, each seed's.
     """
 
-    mae: float
+    mean: float
     by_seed: list[float]
     deviation: float | None
     difference: float | None = None
     interval: tuple[float, float] | None = None
     p: float | None = None
+    macro_f1: list[float] = []
 
 
 class Setting(BaseModel):
@@ -45,7 +49,7 @@ class Setting(BaseModel):
 
     Attributes:
         changes: keys of the recipe in which this setting differs from the first, with its values.
-        floor: MAE of the constant median of the training labels, if all runs agree on it.
+        floor: the metric of the constant answer (`metrics.task_floors`), if all runs agree on it.
         label_order: how well the similarity of representations follows the label (`label_order.LabelOrder`), of each
             run that has representations of the split.
     """
@@ -64,6 +68,7 @@ class Comparison(BaseModel):
     """Settings in the order in which they were given; the first is what the others are compared with."""
 
     split: str
+    metric: Literal["mae", "accuracy"]
     settings: list[Setting]
     resamples: int = RESAMPLES
 
@@ -78,8 +83,25 @@ class Scored:
     def __init__(self, run: Run, split: str) -> None:
         self.run, self.split = run, split
         self.recipe = flat(run.recipe)
-        self.rows = dict(read_predictions(run.path, split))
-        self.floor = number(((run.summary.get(split) or {}).get("floor") or {}).get("mae"))
+        self.classes, rows = read_predictions(run.path, split)
+        self.rows = dict(rows)
+        self.floor = number(((run.summary.get(split) or {}).get("floor") or {}).get(self.metric))
+
+    @property
+    def metric(self) -> Literal["mae", "accuracy"]:
+        """What is compared."""
+        return "accuracy" if self.classes else "mae"
+
+    def counts(self, keys: Iterable[str], place: int) -> np.ndarray:
+        """[n] what counts of each clip: absolute error of a number, 1 of a class that is right and 0 of a wrong one.
+
+        Args:
+            place: of the flow in the rows.
+        """
+        rows = np.array([self.rows[key] for key in keys])
+        if self.classes:
+            return (rows[:, place] == rows[:, 0]).astype(np.float64)
+        return np.abs(rows[:, place] - rows[:, 0])
 
     @property
     def order(self) -> LabelOrder | None:
@@ -87,7 +109,7 @@ class Scored:
         found = self.run.representations
         if found is None or found.split != self.split:
             return None
-        return by_label(found.complete, found.missing, found.label)
+        return by_label(found.complete, found.missing, found.label, nominal=bool(self.classes))
 
     @property
     def compared(self) -> dict[str, object]:
@@ -95,8 +117,8 @@ class Scored:
         return {key: value for key, value in self.recipe.items() if not key.startswith(NOT_COMPARED)}
 
 
-def read_predictions(path: Path, split: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Key, and label and prediction of both flows [3], of each clip.
+def read_predictions(path: Path, split: str) -> tuple[list[str], list[tuple[str, np.ndarray]]]:
+    """Names of the classes, none of numbers; and of each clip key, and label and prediction of both flows [3].
 
     Raises:
         UserError: the file is not there, or has a row that is not finite.
@@ -104,12 +126,17 @@ def read_predictions(path: Path, split: str) -> Iterator[tuple[str, np.ndarray]]
     place = path / f"predictions_{split}.csv"
     remedy = f"Run dist-train evaluate {path} --split {split}."
     try:
-        file = io.StringIO(read_bounded(place, MOST_JSON, LEAVE_OUT).decode(errors="replace"), newline="")
-        for row in csv.DictReader(file):
+        table = csv.DictReader(
+            io.StringIO(read_bounded(place, MOST_JSON, LEAVE_OUT).decode(errors="replace"), newline="")
+        )
+        classes, rows = classes_of(table.fieldnames or ()), []
+        for row in table:
             values = np.array([number(row.get(name)) for name in ("label", *FLOWS)])
-            if not np.isfinite(values).all() or not row.get("key"):
+            usable = are_places(values.tolist(), classes) if classes else np.isfinite(values).all()
+            if not usable or not row.get("key"):
                 raise UserError(str(place), f"is damaged at {row.get('key') or 'a row without key'}", remedy)
-            yield row["key"], values
+            rows.append((row["key"], values))
+        return classes, rows
     except (OSError, csv.Error):
         raise UserError(str(place), "cannot be read", remedy) from None
 
@@ -141,7 +168,9 @@ def compare(directories: Sequence[Path]) -> Comparison:
         else:
             same.append(one)
     rng = np.random.default_rng(0)
-    return Comparison(split=split, settings=[setting(group, groups[0], rng) for group in groups])
+    return Comparison(
+        split=split, metric=scored[0].metric, settings=[setting(group, groups[0], rng) for group in groups]
+    )
 
 
 def mismatches(scored: Sequence[Scored]) -> Iterator[UserError]:
@@ -149,7 +178,14 @@ def mismatches(scored: Sequence[Scored]) -> Iterator[UserError]:
     for other in scored[1:]:
         common = scored[0].rows.keys() & other.rows.keys()
         first, here = (sorted(common)[:1], str(other.run.path))
-        if not common:
+        if other.classes != scored[0].classes:
+            told = [
+                f"has the classes {', '.join(one.classes)}" if one.classes else "predicts numbers"
+                for one in (other, scored[0])
+            ]
+            problem = f"{told[0]}, {scored[0].run.path} {told[1]}"
+            yield UserError(here, problem, "Compare runs of one task: their numbers mean the same.")
+        elif not common:
             yield UserError(here, f"has no clip in common with {scored[0].run.path}", "Compare runs on the same data.")
         elif any(abs(scored[0].rows[key][0] - other.rows[key][0]) > 1e-5 for key in common):
             yield UserError(
@@ -167,15 +203,16 @@ def setting(group: Sequence[Scored], reference: Sequence[Scored], rng: np.random
     floors = {round(one.floor, 6) for one in group if np.isfinite(one.floor)}
     flows = {}
     for place, flow in enumerate(FLOWS, start=1):
-        by_seed = [float(np.mean([abs(row[place] - row[0]) for row in one.rows.values()])) for one in group]
+        by_seed = [float(one.counts(one.rows, place).mean()) for one in group]
         score = FlowScore(
-            mae=float(np.mean(by_seed)),
+            mean=float(np.mean(by_seed)),
             by_seed=by_seed,
             deviation=float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else None,
+            macro_f1=[macro_f1(one, place) for one in group if one.classes],
         )
         if group is not reference:
             keys = sorted(set.intersection(*(set(one.rows) for one in (*group, *reference))))
-            differences = mean_errors(group, keys, place) - mean_errors(reference, keys, place)
+            differences = mean_counts(group, keys, place) - mean_counts(reference, keys, place)
             score.difference = float(differences.mean())
             score.interval, score.p = paired_bootstrap(differences, rng)
         flows[flow] = score
@@ -191,9 +228,17 @@ def setting(group: Sequence[Scored], reference: Sequence[Scored], rng: np.random
     )
 
 
-def mean_errors(group: Sequence[Scored], keys: Sequence[str], place: int) -> np.ndarray:
-    """[n] absolute error of each clip, mean over the runs."""
-    return np.mean([[abs(one.rows[key][place] - one.rows[key][0]) for key in keys] for one in group], axis=0)
+def macro_f1(one: Scored, place: int) -> float:
+    """Of a classifier's flow, over all its clips."""
+    from dist_train.metrics import class_metrics  # noqa: PLC0415  needs torch, which a comparison of numbers does not
+
+    rows = np.array(list(one.rows.values()))
+    return float(class_metrics(rows[:, place], rows[:, 0], len(one.classes))["macro_f1"] or 0.0)
+
+
+def mean_counts(group: Sequence[Scored], keys: Sequence[str], place: int) -> np.ndarray:
+    """[n] what counts of each clip, mean over the runs."""
+    return np.mean([one.counts(keys, place) for one in group], axis=0)
 
 
 def paired_bootstrap(differences: np.ndarray, rng: np.random.Generator) -> tuple[tuple[float, float], float]:

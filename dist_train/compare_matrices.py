@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from dist_train.compare import Comparison, Setting
-from dist_train.figures import distances, label_places
+from dist_train.figures import distances, label_ticks
 from dist_train.label_order import LabelOrder
-from dist_train.run_record import Representations, read_run
+from dist_train.run_record import Representations, are_places, read_run
 
 MOST = 8  # settings that are drawn
 PANEL = 2.35  # inches
@@ -27,6 +27,7 @@ class Shown(NamedTuple):
     setting: Setting
     run: str
     found: Representations
+    classes: list[str]  # none where labels are numbers
 
 
 def shown(comparison: Comparison) -> list[Shown]:
@@ -34,10 +35,12 @@ def shown(comparison: Comparison) -> list[Shown]:
     rows: list[Shown] = []
     for setting in comparison.settings[:MOST]:
         for run in setting.runs:
-            found = read_run(Path(run)).representations
+            record = read_run(Path(run))
+            found = record.representations
             fits = found is not None and found.split == comparison.split and setting.label_order
             if found is not None and fits and (not rows or np.array_equal(found.label, rows[0].found.label)):
-                rows.append(Shown(setting, run, found))
+                classes = record.task.classes if are_places(found.label.tolist(), record.task.classes) else []
+                rows.append(Shown(setting, run, found, classes))
                 break
     return rows
 
@@ -79,7 +82,7 @@ def draw(rows: Sequence[Shown]) -> Figure:
     panels = figure.subplots(len(rows), len(KINDS), sharex=True, sharey=True, squeeze=False)
     matrices = [scaled(row.found) for row in rows]
     top = float(np.percentile([matrix for one in matrices for matrix in one.values()], BRIGHTEST)) or 1.0
-    places, names = label_places(np.sort(rows[0].found.label))
+    places, names = label_ticks(np.sort(rows[0].found.label), rows[0].classes)
     for line, row, of in zip(panels, rows, matrices, strict=True):
         for axes, (kind, title) in zip(line, KINDS.items(), strict=True):
             image = axes.imshow(of[kind], cmap="cividis", vmin=0, vmax=top, interpolation="nearest", rasterized=True)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import jinja2
+import numpy as np
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -18,12 +19,20 @@ from dist_train.compare_matrices import Shown
 from dist_train.figures import FLOW_COLOURS, FLOW_NAMES, INK, WIDTH
 from dist_train.names import FLOWS
 from dist_train.scaling_page import replace
+from dist_train.task import MEASURES
 from sharding.errors import UserError
 
 NONE = "–"
 MOST_CHANGES = 4
 AGAINST = "against the first"
-COLUMNS = ("setting", "runs", "complete MAE", AGAINST, "missing MAE", AGAINST, "floor", "changes")
+TITLES = {"mae": "MAE", "accuracy": "accuracy"}
+COUNTED = {
+    "mae": "MAE in label units, mean over runs that differ in their seed alone, ± their standard deviation. "
+    "Differences: over the clips both settings have, errors averaged over seeds",
+    "accuracy": "Accuracy (and macro-F1), mean over runs that differ in their seed alone, ± their standard deviation. "
+    "Differences of accuracy: over the clips both settings have, right answers averaged over seeds",
+}
+ANSWERS = {"mae": MEASURES["regression"].answer, "accuracy": MEASURES["classification"].answer}
 
 
 def write_comparison(directories: Sequence[Path], output: Path | None) -> tuple[Comparison, Path]:
@@ -55,9 +64,17 @@ def write_comparison(directories: Sequence[Path], output: Path | None) -> tuple[
     return found, page
 
 
-def mae(score: FlowScore) -> str:
-    """Mean and deviation."""
-    return f"{score.mae:.3f}" + ("" if score.deviation is None else f" ± {score.deviation:.3f}")
+def columns(found: Comparison) -> list[str]:
+    """Titles of the table."""
+    flows = [title for flow in FLOWS for title in (f"{flow} {TITLES[found.metric]}", AGAINST)]
+    f1 = [f"{flow} macro-F1" for flow in FLOWS if found.metric == "accuracy"]
+    return ["setting", "runs", *flows, *f1, "floor", "changes"]
+
+
+def mean(values: Sequence[float]) -> str:
+    """Mean and deviation over seeds."""
+    deviation = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{deviation}"
 
 
 def change(score: FlowScore) -> str:
@@ -75,7 +92,8 @@ def lines(found: Comparison) -> list[list[str]]:
         [
             one.name,
             str(len(one.runs)),
-            *(text for flow in FLOWS for text in (mae(one.flows[flow]), change(one.flows[flow]))),
+            *(text for flow in FLOWS for text in (mean(one.flows[flow].by_seed), change(one.flows[flow]))),
+            *(mean(one.flows[flow].macro_f1) for flow in FLOWS if found.metric == "accuracy"),
             NONE if one.floor is None else f"{one.floor:.3f}",
             changes(one),
         ]
@@ -93,29 +111,30 @@ def changes(one: Setting) -> str:
 def comparison_table(found: Comparison) -> Table:
     """A line a setting."""
     table = Table(title=f"{found.split} split; differences: 95 % interval, paired bootstrap over clips")
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if number in (0, len(COLUMNS) - 1) else "right")
+    titles = columns(found)
+    for number, column in enumerate(titles):
+        table.add_column(column, justify="left" if number in (0, len(titles) - 1) else "right")
     for line in lines(found):
         table.add_row(*line)
     return table
 
 
 def draw(found: Comparison) -> Figure:
-    """MAE of both flows of each setting: a dot a seed, a bar the mean."""
+    """The metric of both flows of each setting: a dot a seed, a bar the mean."""
     figure = Figure(figsize=(WIDTH, 1.2 + 0.34 * len(found.settings)))
     axes = figure.add_subplot()
     for flow, shift in zip(FLOWS, (-0.14, 0.14), strict=True):
         for line, one in enumerate(found.settings):
             values = one.flows[flow].by_seed
             axes.plot(values, [line + shift] * len(values), "o", color=FLOW_COLOURS[flow], alpha=0.55, markersize=4)
-            axes.plot(one.flows[flow].mae, line + shift, "|", color=FLOW_COLOURS[flow], markersize=10)
+            axes.plot(one.flows[flow].mean, line + shift, "|", color=FLOW_COLOURS[flow], markersize=10)
         axes.plot([], [], "o", color=FLOW_COLOURS[flow], label=FLOW_NAMES[flow])
     floors = {one.floor for one in found.settings}
     if len(floors) == 1 and (floor := floors.pop()) is not None:
         axes.axvline(floor, color=INK, linestyle="--", linewidth=1, label="floor")
     axes.set_yticks(range(len(found.settings)), [one.name.replace("$", r"\$")[:40] for one in found.settings])
     axes.set_ylim(len(found.settings) - 0.4, -0.6)
-    axes.set_xlabel(f"MAE, {found.split} split")
+    axes.set_xlabel(f"{TITLES[found.metric]}, {found.split} split")
     figure.legend(loc="outside upper right", ncols=3)
     return figure
 
@@ -131,9 +150,12 @@ def html(found: Comparison, png: bytes, rows: Sequence[Shown], matrices: bytes) 
     image, similarity = ("data:image/png;base64," + base64.b64encode(part).decode() for part in (png, matrices))
     return environment.get_template("comparison.html.j2").render(
         found=found,
-        columns=COLUMNS,
+        columns=columns(found),
         lines=lines(found),
         image=image,
+        title=TITLES[found.metric],
+        counted=COUNTED[found.metric],
+        answer=ANSWERS[found.metric],
         similarity=similarity if matrices else "",
         matrices=rows,
         order_columns=compare_matrices.COLUMNS,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ from dist_train.build import build_collator, build_model, kept_tokenizer, open_s
 from dist_train.clip_choice import choose
 from dist_train.costs import clip_costs
 from dist_train.fusion import REPRESENTATION_WIDTH
-from dist_train.metrics import floors, gap, valence_metrics
+from dist_train.metrics import by_class, gap, predicted_classes, task_floors, task_metrics
 from dist_train.missing import lacked
 from dist_train.model import DoubleFlow, Flows
-from dist_train.names import FLOWS
 from dist_train.packed import Tokens
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.run_record import one_line
 from dist_train.run_state import PARTS, check_bases, read_run_state
+from dist_train.task import MEASURES, TaskSettings
 from dist_train.token_attention import write_attention
 from sharding.budget import Cost
 from sharding.checkpoint import fingerprints, load_weights
@@ -47,7 +47,8 @@ TEXT_FIELD = re.compile(r"[A-Za-z0-9_-]{1,60}")  # becomes part of a file's name
 
 @dataclass
 class Predictions:
-    """Both flows over a split, in key order, on all ranks. Arrays of n clips.
+    """Both flows over a split, in key order, on all ranks. Arrays of n clips; of a classifier `complete` and `missing`
+    are logits [n, C].
 
     representations: of the first SHOWN_CLIPS clips, "complete" and "missing" [m, 128] and "label" [m]; "stand_in"
         [m, 3, d], see `fusion.Fused`, and "lacks" [m], number of the modality it is about, -1 for a clip that has
@@ -74,8 +75,8 @@ class Row:
 
     index: int
     label: float
-    complete: float
-    missing: float
+    complete: float | list[float]
+    missing: float | list[float]
     present: list[bool]
     asr: list[float]
     judged: list[float]
@@ -140,7 +141,7 @@ def predict(
     rows = sorted((row for part in gather_objects(rows) for row in part), key=lambda row: row.index)
     if not rows:
         raise UserError(f"split {split.split}", "has no clip that could be read", "Run `dist-train shards verify`.")
-    wild = [split.keys[row.index] for row in rows if not np.isfinite([row.complete, row.missing]).all()]
+    wild = [split.keys[row.index] for row in rows if not np.isfinite(np.array([row.complete, row.missing])).all()]
     if wild:
         raise UserError(
             f"split {split.split}",
@@ -185,16 +186,21 @@ def written(answers: Tokens, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [one_line(text) for text in tokenizer.batch_decode(spoken, skip_special_tokens=True)]
 
 
-def score(predictions: Predictions, train_labels: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Metrics of both flows, their gap, and the trivial floors; of a model that transcribes, also nats per token."""
-    complete = valence_metrics(predictions.complete, predictions.label)
-    missing = valence_metrics(predictions.missing, predictions.label)
+def score(predictions: Predictions, train_labels: np.ndarray, task: TaskSettings) -> dict[str, dict[str, Any]]:
+    """Metrics of both flows, their gap, and the trivial floors; of a classifier also confusion matrices and the recall
+    of each class; of a model that transcribes, also nats per token.
+    """
+    complete = task_metrics(predictions.complete, predictions.label)
+    missing = task_metrics(predictions.missing, predictions.label)
     scores: dict[str, dict[str, Any]] = {
         "complete": dict(complete),
         "missing": dict(missing),
         "gap": dict(gap(complete, missing)),
-        "floor": dict(floors(train_labels, predictions.label)),
+        "floor": dict(task_floors(predictions.complete, train_labels, predictions.label)),
     }
+    if task.classifies:
+        flows = {"complete": predictions.complete, "missing": predictions.missing}
+        scores |= by_class(flows, predictions.label, task.classes)
     nats, tokens = predictions.asr.sum(0)
     if tokens > 0:
         scores["transcription"] = {"nats_per_token": nats / tokens, "tokens": int(tokens)}
@@ -204,12 +210,13 @@ def score(predictions: Predictions, train_labels: np.ndarray) -> dict[str, dict[
     return scores
 
 
-def judged(scores: dict[str, dict[str, Any]], select_on: str) -> float:
+def judged(scores: dict[str, dict[str, Any]], select_on: str, task: TaskSettings) -> float:
     """What selects a checkpoint; lower is better.
 
     Args:
         scores: of the validation split.
         select_on: `training.select_on`.
+        task: decides the metric.
 
     Raises:
         UserError: the split has nothing to judge by.
@@ -221,28 +228,42 @@ def judged(scores: dict[str, dict[str, Any]], select_on: str) -> float:
             )
         return float(scores["transcription"]["nats_per_token"])
     flows = ["complete", "missing"] if select_on == "mean" else [select_on]
-    return float(np.mean([scores[flow]["mae"] for flow in flows]))
+    measure = MEASURES[task.kind]
+    return float(np.mean([measure.loss(scores[flow][measure.main]) for flow in flows]))
 
 
-def write_predictions(directory: Path, split: str, predictions: Predictions) -> None:
-    """predictions_<split>.csv and representations_<split>.safetensors."""
+def write_predictions(directory: Path, split: str, predictions: Predictions, classes: Sequence[str] = ()) -> None:
+    """predictions_<split>.csv and representations_<split>.safetensors. Of a classifier label and predictions are places
+    of classes, and FLOW:CLASS columns hold the probabilities.
+    """
+    flows = {"complete": predictions.complete, "missing": predictions.missing}
+    placed = {flow: predicted_classes(values) for flow, values in flows.items()}
+    chances = [torch.from_numpy(values).softmax(1).tolist() for values in flows.values() if classes]
     with (directory / f"predictions_{split}.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(["key", "label", "complete", "missing", "has_audio", "has_text", "has_vision", "imagined"])
+        named = [f"{flow}:{name}" for flow in flows for name in classes]
+        columns = ["key", "label", *flows, "has_audio", "has_text", "has_vision", "imagined", *named]
+        table.writerow(columns)
         for row, key in enumerate(predictions.keys):
-            values = [predictions.label[row], predictions.complete[row], predictions.missing[row]]
+            values = [predictions.label[row], *(places[row] for places in placed.values())]
+            likely = [f"{chance:.6g}" for of_flow in chances for chance in of_flow[row]]
             present = map(int, predictions.present[row])
-            table.writerow([key, *(f"{value:.6g}" for value in values), *present, predictions.said[row]])
+            table.writerow([key, *(f"{value:.6g}" for value in values), *present, predictions.said[row], *likely])
     save_file(predictions.representations, directory / f"representations_{split}.safetensors")
 
 
 def chosen_rows(predictions: Predictions) -> list[int]:
     """The clips that a report will show: it reads predictions of six digits."""
-    label, *flows = (
-        np.array([float(f"{value:.6g}") for value in values])
-        for values in (predictions.label, predictions.complete, predictions.missing)
-    )
-    return [row for row, _ in choose(label, dict(zip(FLOWS, flows, strict=True)), predictions.keys)]
+    values = np.stack([predictions.complete, predictions.missing])
+    if values.ndim == 3:
+        values = torch.from_numpy(values).softmax(2).numpy()
+    label, values = (six_digits(array) for array in (predictions.label, values))
+    return [row for row, _ in choose(label, values, predictions.keys)]
+
+
+def six_digits(values: np.ndarray) -> np.ndarray:
+    """As a file of predictions has them."""
+    return np.array([float(f"{value:.6g}") for value in values.flat]).reshape(values.shape)
 
 
 def load_trained(
@@ -329,9 +350,10 @@ def evaluate_checkpoint(
         raise UserError(
             "--text-from", f"no clip of split {split_name} has {text_from} in its KEY.json", "Name a field they have."
         )
-    scores = score(predictions, open_split(recipe, "train").labels if train_labels is None else train_labels)
+    train_labels = open_split(recipe, "train").labels if train_labels is None else train_labels
+    scores = score(predictions, train_labels, recipe.task)
     if dist.get_rank() == 0:
-        write_predictions(run.path, name, predictions)
+        write_predictions(run.path, name, predictions, recipe.task.classes)
         assert isinstance(model, DoubleFlow)
         keys = [predictions.keys[row] for row in chosen_rows(predictions)]
         write_attention(run.path / f"attention_{name}.safetensors", model, split, collate, keys)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib as mpl
@@ -29,6 +29,8 @@ LOSS_NAMES = {
     "loss": "Total loss, weighted",
     "loss/mse_complete": "MSE, complete flow",
     "loss/mse_missing": "MSE, missing flow",
+    "loss/ce_complete": "Cross-entropy, complete flow",
+    "loss/ce_missing": "Cross-entropy, missing flow",
     "loss/mkd1": "MKD-1: RMSE of text vectors",
     "loss/mkd2": "MKD-2: RMSE of text views",
     "loss/rs": "RS: RMSE of representations",
@@ -154,31 +156,33 @@ def schedule(step: np.ndarray, rate: np.ndarray, norm: np.ndarray) -> Figure:
 
 def validation(
     step: np.ndarray,
-    mae: dict[str, np.ndarray],
+    reached: dict[str, np.ndarray],
     *,
     floor: float | None,
     best_step: int | None,
     published: dict[str, float],
+    axis: str,
 ) -> Figure:
-    """MAE of both flows over steps against the constant-median floor.
+    """The main metric of both flows over steps against the floor.
 
     Args:
-        mae: flow -> [n], in label units.
+        reached: flow -> [n].
+        axis: name of the metric.
         published: flow -> MAE of a paper on the same corpus, drawn as thin lines; empty for any other corpus.
     """
     figure = Figure(figsize=(WIDTH, 3.6))
     axes = figure.add_subplot()
-    for flow, values in mae.items():
+    for flow, values in reached.items():
         axes.plot(step, values, color=FLOW_COLOURS[flow], marker="o", markersize=3.5, label=FLOW_NAMES[flow])
     for flow, value in published.items():
         axes.axhline(
             value, color=FLOW_COLOURS[flow], linestyle=":", linewidth=1.3, label=f"MOSEI, published: {value:.3f}"
         )
     if floor is not None:
-        axes.axhline(floor, color=INK, linestyle="--", linewidth=1.1, label=f"floor: constant median {floor:.3f}")
+        axes.axhline(floor, color=INK, linestyle="--", linewidth=1.1, label=f"floor: constant {floor:.3f}")
     if best_step is not None:
         axes.axvline(best_step, color=FAINT, linewidth=4, zorder=0, label=f"selected: step {best_step}")
-    axes.set(xlabel="optimizer step", ylabel="MAE (label units)")
+    axes.set(xlabel="optimizer step", ylabel=axis)
     axes.margins(y=0.08)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     figure.legend(loc="outside upper left", ncols=2, columnspacing=1.4)
@@ -253,17 +257,25 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.sqrt(((a[:, None, :].astype(np.float64) - b[None, :, :]) ** 2).sum(-1))
 
 
-def label_places(label: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Up to four places along clips ordered by label [n], and the labels there."""
-    places = np.unique(np.linspace(0, len(label) - 1, 6).round().astype(int)[1:-1])
-    return places, [f"{label[place] + 0.0:.2g}".replace("-", "−") for place in places]  # + 0.0: no negative zero
+def label_ticks(label: np.ndarray, classes: Sequence[str] = ()) -> tuple[np.ndarray, list[str]]:
+    """Places along clips in the order of their labels [n], and what stands there: numbers, or each class amid its own.
+
+    Of many classes those with few clips are left out, lest names overlap.
+    """
+    if not classes:
+        places = np.unique(np.linspace(0, len(label) - 1, 6).round().astype(int)[1:-1])
+        return places, [f"{label[place] + 0.0:.2g}".replace("-", "−") for place in places]  # + 0.0: no negative zero
+    held = [(np.flatnonzero(label == place), name) for place, name in enumerate(classes)]
+    shown = [(where.mean(), name) for where, name in held if len(where) > len(label) / 20]
+    return np.array([place for place, _ in shown]), [name[:12] for _, name in shown]
 
 
-def similarity(complete: np.ndarray, missing: np.ndarray, label: np.ndarray) -> Figure:
+def similarity(complete: np.ndarray, missing: np.ndarray, label: np.ndarray, classes: Sequence[str] = ()) -> Figure:
     """L2 distances between representations ordered by label, complete x complete beside complete x missing.
 
     The paper's matrix (arXiv 2410.15029, last figure) is complete x missing; within one run the distances inside the
     complete flow are what it should look like, hence one colour scale for both. [n, d], [n, d], [n] -> figure.
+    Labels of `classes` are places of these.
     """
     order = np.argsort(label, kind="stable")
     complete, missing, label = complete[order], missing[order], label[order]
@@ -271,13 +283,13 @@ def similarity(complete: np.ndarray, missing: np.ndarray, label: np.ndarray) -> 
     figure = Figure(figsize=(WIDTH, 3.9))
     panels = figure.subplots(1, 2, sharey=True)
     top = max(float(np.max(matrix)) for matrix in matrices) or 1.0
-    places, names = label_places(label)
+    places, names = label_ticks(label, classes)
     for axes, matrix, columns in zip(panels, matrices, FLOWS, strict=True):
         image = axes.imshow(matrix, cmap="cividis", vmin=0, vmax=top, interpolation="nearest", rasterized=True)
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
         axes.set_title("complete × complete" if columns == "complete" else "complete × missing")
-        axes.set_xticks(places, names)
+        axes.set_xticks(places, names, rotation=30 if classes else 0)
         axes.set_yticks(places, names)
         axes.set_xlabel(f"label of the {columns} clip")
     panels[0].set_ylabel("label of the complete clip")

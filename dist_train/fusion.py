@@ -1,4 +1,4 @@
-"""The fusion network: three feature sequences of one flow to a valence prediction (SDUMC, arXiv 2410.15029).
+"""The fusion network: three feature sequences of one flow to a prediction (SDUMC, arXiv 2410.15029).
 
 Shapes: B clips, T steps (each modality has its own T), d = ``FusionSettings.width``. Modalities in the order audio,
 text, vision.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from dist_train.cmpt import CMPT, Available, Pooled
 from dist_train.imagination import MIA, ImaginationSettings
@@ -61,7 +62,7 @@ class FlowOutput(NamedTuple):
     """What one flow yields, per clip."""
 
     prediction: Tensor
-    """[B] valence."""
+    """[B] valence, or logits [B, C] of classes."""
     representation: Tensor
     """[B, 128] final representation (L_RS)."""
     rnc: Tensor
@@ -82,6 +83,19 @@ class Fused(NamedTuple):
     complete: FlowOutput
     missing: FlowOutput
     notes: dict[str, Tensor]
+
+
+def prediction_errors(prediction: Tensor, labels: Tensor) -> Tensor:
+    """Of each clip, in fp32 or better: squared error of a number, or cross-entropy of a class in nats.
+
+    Args:
+        prediction: [n] valence, or logits [n, C].
+        labels: [n]; of a class its place, from 0.
+    """
+    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+    if prediction.dim() == 2:
+        return cross_entropy(prediction, labels.long(), reduction="none")
+    return (prediction - labels.to(prediction.dtype)).square()
 
 
 def _mlp(dropout: float, *widths: int) -> nn.Sequential:
@@ -169,6 +183,7 @@ class FusionNetwork(nn.Module):
         lacks: the modalities that the missing flow may lack in training; each has its own MIA.
         refine: see :class:`~dist_train.refine.RefineSettings`. Default: nothing in front.
         heard_width: of the states of CMPT's tokens in the speech encoder, if it holds them.
+        classes: how many are told apart; 0: the head predicts a number.
     """
 
     def __init__(
@@ -179,6 +194,7 @@ class FusionNetwork(nn.Module):
         lacks: Sequence[str] = ("text",),
         refine: RefineSettings | None = None,
         heard_width: int | None = None,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         d, dropout = settings.width, settings.dropout
@@ -189,7 +205,8 @@ class FusionNetwork(nn.Module):
         self.views = nn.ModuleDict({name: _mlp(dropout, d, d) for name in VIEWS})
         self.view_attention = nn.ModuleList(ViewUMCA(settings) for _ in widths)
         self.view_gate = AFG(dropout, len(VIEWS) * REPRESENTATION_WIDTH, d, REPRESENTATION_WIDTH, len(VIEWS))
-        self.head = nn.Linear(REPRESENTATION_WIDTH, 1)
+        self.head = nn.Linear(REPRESENTATION_WIDTH, classes or 1)
+        self.classifies = classes > 0
         self.rnc_head = nn.Sequential(
             nn.Linear(REPRESENTATION_WIDTH, RNC_WIDTH), nn.ReLU(), nn.Linear(RNC_WIDTH, RNC_WIDTH)
         )
@@ -289,7 +306,7 @@ class FusionNetwork(nn.Module):
         missing: bool,
         removed: Sequence[int] = range(len(MODALITIES)),
     ) -> Tensor:
-        """[B, len(removed)]: by how much the squared error of this flow grows without each modality (VGMR's delta).
+        """[B, len(removed)]: by how much the `prediction_errors` of this flow grow without each modality (VGMR).
 
         A fusion pass for each, and one over everything: all without dropout, whose noise would drown the difference.
         The language model does not run again.
@@ -307,7 +324,7 @@ class FusionNetwork(nn.Module):
                 imagined = dropped if missing else torch.zeros_like(dropped)
                 seen = self.look(self.project(refined), [stream.mask for stream in refined], imagined)
                 output = self.flow(seen, dropped, missing=missing)
-                errors.append((output.prediction.float() - labels.float()).square())
+                errors.append(prediction_errors(output.prediction.float(), labels))
         return torch.stack([error - errors[0] for error in errors[1:]], 1)
 
     def project(self, streams: Streams) -> list[Tensor]:
@@ -340,9 +357,10 @@ class FusionNetwork(nn.Module):
         stacked = torch.stack(viewed, dim=1)
         fused = (weights[:, :, None, None] * stacked).sum(1)
         representation = (self.view_gate(fused).unsqueeze(-1) * fused).sum(1)
+        told = self.head(representation)
         rows, which = torch.arange(len(dropped), device=dropped.device), lacked(dropped)
         return FlowOutput(
-            prediction=self.head(representation).squeeze(-1),
+            prediction=told if self.classifies else told.squeeze(-1),
             representation=representation,
             rnc=self.rnc_head(representation),
             query=views[rows, FIRST_SINGLE + which],

@@ -11,7 +11,8 @@ from dist_train.figures import distances
 
 class LabelOrder(NamedTuple):
     """Spearman correlation of distance and label difference over pairs of different clips: 1 where nearer labels are
-    nearer clips, 0 where there is no order. Within either flow, and from the complete to the missing one.
+    nearer clips, 0 where there is no order. Within either flow, and from the complete to the missing one. Classes
+    differ or do not, by no amount.
 
     gap: mean distance of a clip's two flows, by that of different clips' (0: the flows agree).
     """
@@ -22,11 +23,15 @@ class LabelOrder(NamedTuple):
     gap: float
 
 
-def by_label(complete: np.ndarray, missing: np.ndarray, label: np.ndarray) -> LabelOrder | None:
-    """Representations of both flows [n, d], label [n]. None where nothing differs, or of fewer than three clips."""
+def by_label(complete: np.ndarray, missing: np.ndarray, label: np.ndarray, *, nominal: bool) -> LabelOrder | None:
+    """Of representations of both flows [n, d] and label [n]; None where nothing differs, or of fewer than three clips.
+
+    Args:
+        nominal: labels are places of classes, in no order.
+    """
     if len(label) < 3 or np.ptp(label) == 0:
         return None
-    apart = np.abs(label[:, None] - label[None])
+    apart = (label[:, None] != label[None]).astype(float) if nominal else np.abs(label[:, None] - label[None])
     different = ~np.eye(len(label), dtype=bool)
     between = distances(complete, missing)
     one, two, across = (

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from dist_train.fusion import FlowOutput
+from dist_train.fusion import FlowOutput, prediction_errors
 from dist_train.names import FLOWS
 
 # Two label distances closer than this count as equal (official code).
@@ -33,6 +33,18 @@ class LossSettings(BaseModel):
     )
     mse_missing: float = Field(
         default=0.5, ge=0, description="Weight of the squared error of the missing flow's prediction. Default: 0.5."
+    )
+    ce_complete: float = Field(
+        default=0.5,
+        ge=0,
+        description="In classification: weight of the cross-entropy of the complete flow, in place of its squared "
+        "error. Default: 0.5.",
+    )
+    ce_missing: float = Field(
+        default=0.5,
+        ge=0,
+        description="In classification: weight of the cross-entropy of the missing flow, in place of its squared "
+        "error. Default: 0.5.",
     )
     mkd1: float = Field(
         default=0.1, ge=0, description="Weight of MKD-1: RMSE to the real flow's text vector, detached. Default: 0.1."
@@ -66,8 +78,8 @@ class LossSettings(BaseModel):
     value_temperature: float = Field(
         default=0.5,
         gt=0,
-        description="With `refine: vgmr`: growth of the squared error without a modality, in labels squared, that asks "
-        "for a value of 0.73. Default: 0.5.",
+        description="With `refine: vgmr`: growth of the squared error without a modality, in labels squared (of the "
+        "cross-entropy in classification, in nats), that asks for a value of 0.73. Default: 0.5.",
     )
     alignment: float = Field(
         default=0.2,
@@ -87,10 +99,10 @@ class LossSettings(BaseModel):
         "sides are equal. Default: 1e-12.",
     )
 
-    @property
-    def compares_flows(self) -> bool:
-        """Whether any of the six terms counts; without them only ASR trains (projector pre-training)."""
-        return any((self.mse_complete, self.mse_missing, self.mkd1, self.mkd2, self.rs, self.rnc))
+    def compares_flows(self, classifies: bool) -> bool:
+        """Whether any of the six terms of a task counts; without them only ASR trains (projector pre-training)."""
+        errors = (self.ce_complete, self.ce_missing) if classifies else (self.mse_complete, self.mse_missing)
+        return any((*errors, self.mkd1, self.mkd2, self.rs, self.rnc))
 
 
 def _exact(x: Tensor) -> Tensor:
@@ -112,7 +124,7 @@ def masked_rmse(student: Tensor, teacher: Tensor, rows: Tensor, epsilon: float) 
     return (mean + epsilon).sqrt() * rows.any()
 
 
-def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float) -> Tensor:
+def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float, *, nominal: bool = False) -> Tensor:
     """Rank-N-Contrast: mean over all ordered pairs (i, k), k != i, of -log of the softmax share of k.
 
     Similarity is -L2 / temperature. The share's denominator runs over all j != i whose label is at least as far from
@@ -123,6 +135,8 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float) -> Ten
         features: [N, D], N >= 2.
         labels: [N].
         temperature: > 0.
+        nominal: labels are classes: equal ones are 0 apart, others 1. Where k is of the anchor's class, the denominator
+            runs over all j (supervised contrastive loss, arXiv 2004.11362); else over the other classes.
 
     Raises:
         ValueError: fewer than two rows.
@@ -134,6 +148,7 @@ def rank_n_contrast(features: Tensor, labels: Tensor, temperature: float) -> Ten
     # Exact differences: the matrix-product form of cdist cancels for near rows. The gradient at distance 0 is 0.
     similarity = -torch.cdist(features, features, compute_mode="donot_use_mm_for_euclid_dist") / temperature
     distance = (labels[:, None] - labels[None, :]).abs()
+    distance = (distance > 0).to(distance.dtype) if nominal else distance
     # The anchor itself sorts first and is cut off.
     distance, order = distance.fill_diagonal_(-torch.inf).sort(dim=1)
     distance, order = distance[:, 1:].contiguous(), order[:, 1:]
@@ -157,7 +172,7 @@ def value_loss(estimates: Tensor, worth: Tensor, temperature: float) -> Tensor:
 
     Args:
         estimates: [n, 3, k] in (0, 1).
-        worth: [n, 3] growth of the squared error; no gradient goes there.
+        worth: [n, 3] growth of the prediction's error; no gradient goes there.
     """
     target = torch.sigmoid(_exact(worth.detach()) / temperature)[..., None].expand_as(estimates)
     # both sides kept off 0 and 1, where the logarithm ends
@@ -206,7 +221,7 @@ def worth_loss(worth: Tensor, gain: Tensor) -> Tensor:
 
     Args:
         worth: [n, 3] logit, whether the clip counts, and what is not looked at.
-        gain: [n] by how much the squared error is smaller with the imagined text; its sign is the pseudo-label.
+        gain: [n] by how much the prediction's error is smaller with the imagined text; its sign is the pseudo-label.
     """
     logit = _exact(worth[:, 0])
     surprise = binary_cross_entropy_with_logits(logit, (gain > 0).to(logit.dtype), reduction="none")
@@ -226,32 +241,39 @@ def double_flow_loss(
     MKD-1 and MKD-2 detach the real side, so they reach the missing flow only; L_RS detaches nothing. Those three count
     only rows with `has_teacher`; with no such row they are 0 but stay in the graph.
 
+    Of a classifier (predictions are logits) cross-entropy takes the place of the squared error, and RNC compares
+    classes by whether they are equal. The paper distils no predictions, so no logits are distilled either.
+
     Args:
         complete, missing: outputs of the two flows over the same n clips.
-        labels: [n] valence.
+        labels: [n] valence, or the places of classes.
         has_teacher: bool [n], False for a clip that has not what the missing flow does without.
         settings: weights and constants.
         notes: what parts beside the two flows say of each clip (`Fused.notes`); each adds its terms.
 
     Returns:
-        The scalar loss and ``{"mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"}``, all attached to the graph;
+        The scalar loss and ``{"mse_complete", "mse_missing", "mkd1", "mkd2", "rs", "rnc"}``, all attached to the graph
+        ("ce_complete" and "ce_missing" in the place of the first two of a classifier);
         0 and no terms if all six weights are 0. With VGMR also "value" and "value_spread", with CMPT
         "alignment", with ProMMA "worth".
     """
-    if not settings.compares_flows:
+    classifies = complete.prediction.dim() == 2
+    if not settings.compares_flows(classifies):
         return labels.new_zeros(()), {}
     labels = _exact(labels)
 
     def rmse(student: Tensor, teacher: Tensor) -> Tensor:
         return masked_rmse(student, teacher, has_teacher, settings.epsilon)
 
+    error = "ce" if classifies else "mse"
+    both = torch.cat((complete.rnc, missing.rnc))
     terms = {
-        "mse_complete": (_exact(complete.prediction) - labels).square().mean(),
-        "mse_missing": (_exact(missing.prediction) - labels).square().mean(),
+        f"{error}_complete": prediction_errors(complete.prediction, labels).mean(),
+        f"{error}_missing": prediction_errors(missing.prediction, labels).mean(),
         "mkd1": rmse(missing.query, complete.query.detach()),
         "mkd2": rmse(missing.views, complete.views.detach()),
         "rs": rmse(missing.representation, complete.representation),
-        "rnc": rank_n_contrast(torch.cat((complete.rnc, missing.rnc)), labels.repeat(2), settings.rnc_temperature),
+        "rnc": rank_n_contrast(both, labels.repeat(2), settings.rnc_temperature, nominal=classifies),
     }
     if "worth/complete" in notes:
         sides = [[notes[f"{field}/{flow}"] for field in ("estimates", "worth", "spread")] for flow in FLOWS]

@@ -1,12 +1,19 @@
-"""Metrics of valence in [-3, 3], their trivial floors, and the gap between the two flows (the MOSEI conventions)."""
+"""Metrics of a flow, their trivial floors, and the gap between the two flows: of valence in [-3, 3] (the MOSEI
+conventions), and of classes.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 from torch.nn.functional import l1_loss
+
+from dist_train.task import confusion
 
 Metrics = dict[str, float | None]
 
@@ -89,6 +96,88 @@ def floors(train_labels: ArrayLike | Tensor, labels: ArrayLike | Tensor) -> Metr
         "mae": l1_loss(torch.full_like(labels, median), labels).item(),
         "acc2_nonzero": positive["acc2_nonzero"],
         "acc2_has0": positive["acc2_has0"],
+    }
+
+
+def class_metrics(prediction: ArrayLike | Tensor, label: ArrayLike | Tensor, classes: int) -> Metrics:
+    """Four metrics of one flow of a classifier.
+
+    Args:
+        prediction, label: [n] places of classes; n >= 1.
+        classes: how many there are.
+
+    Returns:
+        ``accuracy``; ``macro_f1`` (mean over the classes that are a label or a prediction), ``weighted_f1`` (by how
+        many labels a class has); ``uar`` (unweighted average recall: mean over the classes that are a label). Fractions
+        of 1.
+
+    Raises:
+        ValueError: no clips, two lengths, or a value that is not finite.
+    """
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score  # noqa: PLC0415
+
+    predicted, true = _vector(prediction).long(), _vector(label).long()
+    if len(predicted) != len(true):
+        raise ValueError(f"{len(predicted)} predictions for {len(true)} labels")
+    known = [recall for recall in recalls(predicted, true, classes) if recall is not None]
+    return {
+        "macro_f1": multiclass_f1_score(predicted, true, num_classes=classes, average="macro").item(),
+        "accuracy": multiclass_accuracy(predicted, true, num_classes=classes, average="micro").item(),
+        "weighted_f1": multiclass_f1_score(predicted, true, num_classes=classes, average="weighted").item(),
+        "uar": float(np.mean(known)),
+    }
+
+
+def recalls(prediction: ArrayLike, label: ArrayLike, classes: int) -> list[float | None]:
+    """[C] share of each class's clips that are found; None of a class without clips."""
+    rows = confusion(prediction, label, classes).tolist()
+    return [row[place] / sum(row) if sum(row) else None for place, row in enumerate(rows)]
+
+
+def class_floors(train_labels: ArrayLike | Tensor, labels: ArrayLike | Tensor, classes: int) -> Metrics:
+    """Metrics of the constant answer "the commonest class of the training split" (the first of several).
+
+    Args:
+        train_labels: [m] labels of the training split.
+        labels: [n] labels of the evaluated split.
+    """
+    labels = _vector(labels)
+    commonest = torch.bincount(_vector(train_labels).long(), minlength=classes).argmax()
+    return class_metrics(commonest.expand(len(labels)), labels, classes)
+
+
+def predicted_classes(prediction: np.ndarray) -> np.ndarray:
+    """Numbers [n] as they are; of logits [n, C] the place of the largest (of equal ones the first)."""
+    return prediction if prediction.ndim == 1 else prediction.argmax(1).astype(np.float64)
+
+
+def task_metrics(prediction: np.ndarray, label: np.ndarray) -> Metrics:
+    """Metrics of one flow: numbers [n], or logits [n, C], against labels [n]."""
+    if prediction.ndim == 1:
+        return valence_metrics(prediction, label)
+    return class_metrics(predicted_classes(prediction), label, prediction.shape[1])
+
+
+def task_floors(prediction: np.ndarray, train_labels: np.ndarray, label: np.ndarray) -> Metrics:
+    """Floors of what `prediction` is: numbers [n], or logits [n, C]."""
+    return (
+        floors(train_labels, label) if prediction.ndim == 1 else class_floors(train_labels, label, prediction.shape[1])
+    )
+
+
+def by_class(predictions: dict[str, np.ndarray], label: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
+    """What is said of each class, by flow: `confusion`, and `recall` by its name.
+
+    Args:
+        predictions: of each flow, logits [n, C].
+    """
+    placed = {flow: predicted_classes(logits) for flow, logits in predictions.items()}
+    return {
+        "confusion": {flow: confusion(places, label, len(classes)).tolist() for flow, places in placed.items()},
+        "recall": {
+            flow: dict(zip(classes, recalls(places, label, len(classes)), strict=True))
+            for flow, places in placed.items()
+        },
     }
 
 

@@ -85,7 +85,7 @@ class DoubleFlow(nn.Module):
         minimum = recipe.simulation.stack_frames if simulates else 1  # frames: one position of imagined text
         self.decodes = recipe.simulation.decodes
         self.transcribes = recipe.loss.asr > 0
-        self.compares = recipe.loss.compares_flows
+        self.compares = recipe.compares_flows
         self.layers = recipe.text.layers
         lacks = lacking_modalities(recipe.missing)
         tokens = len(lacks) if recipe.imagination.cmpt and lacks != ("audio",) else 0
@@ -115,6 +115,7 @@ class DoubleFlow(nn.Module):
             lacks,
             recipe.refine,
             self.audio.width if tokens and recipe.audio.input == "waveform" else None,
+            len(recipe.task.classes),
         )
         self.threshold = recipe.imagination.threshold
         self.evaluator = (
@@ -129,6 +130,8 @@ class DoubleFlow(nn.Module):
         whole, simulated, texts, judged, available = self.streams(batch)
         if self.training and not self.compares:
             nothing = FlowOutput(*(torch.zeros_like(batch["label"]) for _ in FlowOutput._fields))
+            if self.fusion.classifies:
+                nothing = nothing._replace(prediction=nothing.prediction[:, None])
             return Flows(nothing, nothing, *texts[2:])
         left = without(whole, simulated, batch["dropped"])
         complete, missing, notes = self.fusion(whole, left, batch["dropped"], batch["label"], available)

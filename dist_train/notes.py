@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_train.build import open_split
+from dist_train.names import FLOWS
 from dist_train.recipe import Recipe
+from dist_train.task import MEASURES
 from sharding.shuffle import shares
 from sharding.stream import ShardedSplit
 
@@ -46,12 +48,17 @@ def shortcomings(
     split = "test" if "test" in scores else "valid"
     if split == "valid":
         notes.append("There is no test split: the scores are those of the split that selected the checkpoint.")
-    if not recipe.loss.compares_flows:
+    if not recipe.compares_flows:
         notes.append("No loss trained the flows' predictions: of the scores only transcription (nats/token) counts.")
-    floor = scores[split]["floor"]["mae"]
-    beaten = [flow for flow in ("complete", "missing") if scores[split][flow]["mae"] < floor]
-    if not beaten and recipe.loss.compares_flows:
-        notes.append(f"Neither flow beats the trivial answer, the median training label, on {split}.")
+    measure = MEASURES[recipe.task.kind]
+    complete, missing, floor = (measure.loss(scores[split][part][measure.main]) for part in (*FLOWS, "floor"))
+    if min(complete, missing) >= floor and recipe.compares_flows:
+        notes.append(f"Neither flow beats the trivial answer, {measure.answer}, on {split} ({measure.title}).")
+    if recipe.task.classifies:
+        absent = set(range(len(recipe.task.classes))) - set(train.labels.astype(int).tolist())
+        if absent:
+            names = ", ".join(recipe.task.classes[place] for place in sorted(absent))
+            notes.append(f"No training clip is of the class {names}: it cannot be learnt.")
     if len(train.sources) > 1:
         counts = zip(train.sources, shares(train.sources), strict=True)
         parts = [f"{n} of {one.name} ({n / one.samples:.2g} passes over its {one.samples})" for one, n in counts]

@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_train.task import Measure
+
 
 class Display:
     """A progress bar with loss, clips/s and time left, and a line per validation. A quiet one shows nothing."""
@@ -40,12 +42,13 @@ class Display:
         """After each optimizer step."""
         self.bar.update(self.task, completed=step, loss=f"loss {loss:.3f}", speed=f"{clips_per_second:.0f} clips/s")
 
-    def validation(self, epoch: int, scores: dict[str, Any], better: bool) -> None:
+    def validation(self, epoch: int, scores: dict[str, Any], better: bool, measure: Measure) -> None:
         """After each validation."""
-        complete, missing, floor = (scores[part]["mae"] for part in ("complete", "missing", "floor"))
+        complete, missing, floor = (scores[part][measure.main] for part in ("complete", "missing", "floor"))
         spoken = scores.get("transcription")
         self.console.print(
-            f"epoch {epoch}: validation MAE complete {complete:.3f}, missing flow {missing:.3f} (floor {floor:.3f})"
+            f"epoch {epoch}: validation {measure.title} complete {complete:.3f}, missing flow {missing:.3f} "
+            f"(floor {floor:.3f})"
             + (f", transcript {spoken['nats_per_token']:.3f} nats/token" if spoken else "")
             + (", best so far" if better else "")
         )

@@ -92,6 +92,7 @@ def run_training(
             summary[split],
             f"{split} split, best checkpoint on {summary['selected_on']} (step {summary['best_step']})",
             settings.missing,
+            settings.task.kind,
         )
     )
     for note in summary["notes"]:
@@ -136,7 +137,8 @@ def run_evaluation(
         if as_json:
             print(json.dumps({"split": split, **scores}, indent=1))
         else:
-            Console().print(scores_table(scores, f"{split} split: {scores['clips']} clips{text}", recipe.missing))
+            title = f"{split} split: {scores['clips']} clips{text}"
+            Console().print(scores_table(scores, title, recipe.missing, recipe.task.kind))
     return 0
 
 

@@ -26,6 +26,7 @@ from dist_train.optimizer import OptimizerSettings, ScheduleSettings
 from dist_train.recipe_conflicts import conflicts
 from dist_train.recipe_file import read_values, write_values
 from dist_train.refine import RefineSettings
+from dist_train.task import TaskSettings
 from sharding.errors import UserError, UserErrors
 from sharding.rules import Case, domains
 from sharding.saver import CheckpointSettings
@@ -70,8 +71,9 @@ class TrainingSettings(BaseModel):
     )
     select_on: Literal["mean", "complete", "missing", "transcription"] = Field(
         "mean",
-        description="What selects the best checkpoint on the validation split: the MAE of a flow, the `mean` of both, "
-        "or `transcription`, nats per token of the transcript given the audio (needs `loss.asr`).",
+        description="What selects the best checkpoint on the validation split: the MAE of a flow (macro-F1 in "
+        "classification), the `mean` of both, or `transcription`, nats per token of the transcript given the audio "
+        "(needs `loss.asr`).",
     )
     patience: int | None = Field(
         None, ge=1, description="Stop after this many validations without a better one. Default: never."
@@ -98,6 +100,7 @@ class Recipe(BaseModel):
     precision: Literal["bf16", "fp32"] = Field(
         "bf16", description="Arithmetic; masters, losses and softmax over time are fp32."
     )
+    task: TaskSettings = Field(default_factory=TaskSettings)
     data: DataSettings = Field(default_factory=DataSettings)
     widths: Widths = Field(default_factory=Widths, description="Filled in from the dataset.")
     audio: AudioSettings = Field(default_factory=AudioSettings)
@@ -127,6 +130,11 @@ class Recipe(BaseModel):
     def reads_language_model(self) -> bool:
         """Whether a language model reads transcripts or imagines text; else all text comes as features, or none."""
         return self.text.input == "transcript" or self.simulation.imagines
+
+    @property
+    def compares_flows(self) -> bool:
+        """Whether any loss trains the flows' predictions; without one only ASR trains (projector pre-training)."""
+        return self.loss.compares_flows(self.task.classifies)
 
     def cases(self) -> dict[str, Case]:
         """Each pretrained part and the settings around it, as the compatibility rules see them."""

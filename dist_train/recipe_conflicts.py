@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from dist_train.filterbank import fits_filterbank
 from dist_train.llm import text_problems
+from dist_train.losses import LossSettings
+from dist_train.names import FLOWS
 from dist_train.pretrained import make_config
 from dist_train.speech_encoders import WAVLM, config_is_wrong, too_long
 from sharding.errors import UserError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 def conflicts(recipe: Recipe) -> Iterable[UserError]:
     """Fields that are right by themselves and wrong together."""
+    yield from recipe.task.conflicts()
     yield from recipe.data.conflicts()
     if recipe.audio.input == "waveform" and (recipe.audio.pretrained is None) == (recipe.audio.config is None):
         yield UserError(
@@ -79,14 +82,23 @@ def text_conflicts(recipe: Recipe) -> Iterable[UserError]:
 
 def loss_conflicts(recipe: Recipe) -> Iterable[UserError]:
     """Losses against what there is to train and to judge by."""
-    if not recipe.loss.compares_flows and recipe.loss.asr == 0:
-        yield UserError("loss", "gives every term the weight 0", "Write loss.mse_complete: 0.5, or loss.asr: 1.")
+    of, instead = ("mse", "ce") if recipe.task.classifies else ("ce", "mse")
+    for flow in FLOWS:
+        name = f"{of}_{flow}"
+        if getattr(recipe.loss, name) not in (0, LossSettings.model_fields[name].default):
+            yield UserError(
+                f"loss.{name}",
+                f"has no meaning in {recipe.task.kind}",
+                f"Leave it out; loss.{instead}_{flow} weighs the predictions here.",
+            )
+    if not recipe.compares_flows and recipe.loss.asr == 0:
+        yield UserError("loss", "gives every term the weight 0", f"Write loss.{instead}_complete: 0.5, or loss.asr: 1.")
     judges = recipe.training.select_on
     if recipe.loss.asr == 0 and judges == "transcription":
         yield UserError(
             "training.select_on", "is transcription, and loss.asr is 0", "Write loss.asr: 1, or select_on: mean."
         )
-    if recipe.loss.asr > 0 and not recipe.loss.compares_flows and judges != "transcription":
+    if recipe.loss.asr > 0 and not recipe.compares_flows and judges != "transcription":
         yield UserError(
             "training.select_on",
             f"is {judges}, but no loss trains the flows' predictions",

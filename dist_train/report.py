@@ -13,23 +13,15 @@ import jinja2
 import numpy as np
 import yaml
 
-from dist_train import figures, representation_figures, robustness_figures
+from dist_train import class_figures, figures, representation_figures, robustness_figures
 from dist_train.figures import Plot
 from dist_train.names import FLOWS, MODALITIES
 from dist_train.report_clips import RULES, cards
 from dist_train.run_directory import refuse_links
 from dist_train.run_record import SPLITS, Run, number, read_run
+from dist_train.task import MEASURES
 from sharding.errors import UserError, plain
 
-METRICS = {
-    "mae": ("MAE (label units)", "lower is better"),
-    "corr": ("Pearson r", "higher is better"),
-    "acc7": ("Acc-7", "equal after clipping to ±3 and rounding"),
-    "acc2_nonzero": ("Acc-2, non-zero", "positive against negative, zero labels left out"),
-    "f1_nonzero": ("F1, non-zero", "weighted"),
-    "acc2_has0": ("Acc-2, has-0", "non-negative against negative"),
-    "f1_has0": ("F1, has-0", "weighted"),
-}
 # arXiv 2410.15029, Table II: CMU-MOSEI test MAE. Other corpora have other labels and are not comparable.
 MOSEI_PUBLISHED = {"complete": 0.506, "missing": 0.550}
 MOST_NAMES = 40  # of loss terms, phases and parts of memory that are drawn; a run has up to 15
@@ -123,27 +115,29 @@ def _plots_robustness(run: Run) -> Iterator[Plot]:
     found = run.robustness
     if found is None:
         return
-    floor = found.floor["mae"] or 0.0
+    measure = MEASURES[found.kind]
+    floor = found.floor[measure.main] or 0.0
     about = f"{found.clips} clips of the {found.split} split."
     yield Plot(
         "missing_rates",
         "When clips lack a modality",
         f"{about} A share of the clips lacks it, the others have everything; mean of {found.draws} draws.",
-        partial(robustness_figures.missing_rates, found.missing_rate, floor),
+        partial(robustness_figures.missing_rates, found.missing_rate, floor, measure),
     )
     yield Plot(
         "patterns",
         "What is there",
         f"{about} No clip has more than what is named. Where text is not, the model imagines it from the audio.",
-        partial(robustness_figures.patterns, found.patterns, floor),
+        partial(robustness_figures.patterns, found.patterns, floor, measure),
     )
-    clean = {"complete": found.patterns["audio+text+vision"].mae, "missing": found.patterns["audio+vision"].mae}
+    whole = {"complete": "audio+text+vision", "missing": "audio+vision"}
+    clean = {flow: found.patterns[name].value(measure.main) for flow, name in whole.items()}
     yield Plot(
         "noise",
         "When a modality is noisy",
         f"{about} Gaussian noise of each clip's own root mean square, in place of some steps, or on top of all. In the "
         "missing flow, noise in text is noise in the imagined text.",
-        partial(robustness_figures.noise, found.noise, clean, floor),
+        partial(robustness_figures.noise, found.noise, clean, floor, measure),
     )
     if found.values:
         yield Plot(
@@ -175,14 +169,16 @@ def _plots_plan(run: Run) -> Iterator[Plot]:
 
 
 def _plot_validation(run: Run, records: list[dict[str, Any]]) -> Plot:
-    title = "Validation error of both flows"
-    mae = {flow: np.array([number(_get(r, flow, "mae")) for r in records]) for flow in FLOWS}
-    mae = {flow: values for flow, values in mae.items() if np.isfinite(values).any()}
-    if not mae:
+    measure = MEASURES[run.task.kind]
+    title = f"Validation {measure.title} of both flows"
+    reached = {flow: np.array([number(_get(r, flow, measure.main)) for r in records]) for flow in FLOWS}
+    reached = {flow: values for flow, values in reached.items() if np.isfinite(values).any()}
+    if not reached:
         return Plot("validation", title, "No validation was logged.", None)
-    floors = [value for r in records if math.isfinite(value := number(_get(r, "floor", "mae")))]
-    caption = "MAE on the validation split; the dashed floor always answers the median training label."
-    if run.is_mosei:
+    floors = [value for r in records if math.isfinite(value := number(_get(r, "floor", measure.main)))]
+    caption = f"{measure.title} on the validation split; the dashed floor always answers {measure.answer}."
+    published = MOSEI_PUBLISHED if run.is_mosei and measure.main == "mae" else {}
+    if published:
         caption += (
             " Dotted: published test results on MOSEI (arXiv 2410.15029), which selected the epoch on the test set."
         )
@@ -190,22 +186,32 @@ def _plot_validation(run: Run, records: list[dict[str, Any]]) -> Plot:
     draw = partial(
         figures.validation,
         np.array([number(record.get("step")) for record in records]),
-        mae,
+        reached,
         floor=floors[-1] if floors else None,
         best_step=int(best) if math.isfinite(best) else None,
-        published=MOSEI_PUBLISHED if run.is_mosei else {},
+        published=published,
+        axis=measure.axis,
     )
     return Plot("validation", title, caption, draw)
 
 
 def _plots_predictions(run: Run) -> Iterator[Plot]:
     titles = {"scatter": "Prediction against label", "error_by_label": "Error by label"}
-    if run.predictions is None:
+    if run.task.classifies:
+        titles = {"confusion": "What is taken for what", "recall": "How much of each class is found"}
+    if run.predictions is None or bool(run.predictions.classes) != run.task.classifies:
         for name, title in titles.items():
             yield Plot(name, title, "No predictions were written.", None)
         return
     split, label, flows = run.predictions[:3]
     about = f"{len(label)} clips of the {split} split."
+    if run.predictions.classes:
+        drawn = label, flows, run.predictions.classes
+        counts = " Numbers: clips. Colour: their share of the clips with the label."
+        yield Plot("confusion", titles["confusion"], about + counts, partial(class_figures.confusions, *drawn))
+        whiskers = " Recall; whiskers: 95 % interval. Classes without clips are left out."
+        yield Plot("recall", titles["recall"], about + whiskers, partial(class_figures.recall, *drawn))
+        return
     jitter = " Dashed: prediction equals label. Points of tied labels are spread sideways a little."
     yield Plot("scatter", titles["scatter"], about + jitter, partial(figures.scatter, label, flows))
     bars = " Whiskers: 95 % interval of the mean."
@@ -233,22 +239,26 @@ def _context(run: Run) -> dict[str, Any]:
         results, split = run.evals[-1], str(run.evals[-1].get("split"))
         when = f" after step {_show(number(results.get('step')), ',.0f')}"
     rows = []
-    for key, (name, hint) in METRICS.items():
-        complete, missing = (number(_get(results, flow, key)) for flow in FLOWS)
-        gap = number(_get(results, "gap", key))
+    measure = MEASURES[run.task.kind]
+    shown: dict[tuple[str, ...], tuple[str, str]] = {(key,): told for key, told in measure.names.items()}
+    if run.task.classifies and isinstance(_get(results, "recall", "complete"), dict):
+        shown |= {("recall", name): (f"Recall, {name}", "share of its clips") for name in run.task.classes[:MOST_NAMES]}
+    for key, (name, hint) in shown.items():
+        complete, missing = (number(_get(results, *key[:-1], flow, key[-1])) for flow in FLOWS)
+        gap = number(_get(results, "gap", key[-1])) if len(key) == 1 else math.nan
         cells = [
             complete,
             missing,
             missing - complete if math.isnan(gap) else gap,
-            number(_get(results, "floor", key)),
+            number(_get(results, "floor", key[-1])) if len(key) == 1 else math.nan,
         ]
         if any(map(math.isfinite, cells)):
             signed = [_show(cells[2], "+.3f") if k == 2 else _show(cell, ".3f") for k, cell in enumerate(cells)]
             rows.append({"name": name, "hint": hint, "cells": signed})
-    mae = {flow: number(_get(results, flow, "mae")) for flow in FLOWS}
-    floor = number(_get(results, "floor", "mae"))
+    reached = {flow: number(_get(results, flow, measure.main)) for flow in FLOWS}
+    floor = number(_get(results, "floor", measure.main))
     tiles = [
-        (flow, _show(value, ".3f"), _show(value / floor, ".2f") if floor > 0 else "") for flow, value in mae.items()
+        (flow, _show(value, ".3f"), _show(value / floor, ".2f") if floor > 0 else "") for flow, value in reached.items()
     ]
     summary = run.summary
     facts = {
@@ -272,6 +282,7 @@ def _context(run: Run) -> dict[str, Any]:
         "when": when,
         "selected_on": summary.get("selected_on"),
         "selected_flow": summary.get("selected_flow"),
+        "measure": measure,
         "tiles": tiles,
         "floor": _show(floor, ".3f", ""),
         "rows": rows,

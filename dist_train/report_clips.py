@@ -4,20 +4,65 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dist_train import attention_figures, figures
-from dist_train.clip_choice import APART, TYPICAL, WRONG, choose
+from dist_train.clip_choice import APART, TYPICAL, WRONG, apart_and_wrong, choose
 from dist_train.clip_media import LONGEST_PLAYED, Clip, Corpus
 from dist_train.names import FLOWS
-from dist_train.run_record import Run, TokenWeights, one_line
+from dist_train.run_record import Predictions, Run, TokenWeights, one_line
 from sharding.errors import plain
 
 LONGEST_TEXT = 800  # characters shown
 RULES = {"apart": "flows apart", "wrong": "large error", "typical": "typical error"}
+
+
+class Chosen(NamedTuple):
+    """A row of the predictions, and the rule that chose it."""
+
+    row: int
+    rule: str
+
+
+class Told(NamedTuple):
+    """Predictions of a clip as a page tells them, by its row.
+
+    flows: FLOW, prediction, and error (of a classifier the probability of the label); marks: numbers on its line by
+    name.
+    """
+
+    label: Callable[[int], str]
+    flows: Callable[[int], list[tuple[str, str, str]]]
+    marks: Callable[[int], list[tuple[str, float]]]
+
+
+def told(found: Predictions) -> Told:
+    """Of numbers: in label units. Of classes: by the probability of the label."""
+    if not found.classes:
+        return Told(
+            label=lambda row: signed(found.label[row]),
+            flows=lambda row: [
+                (flow, signed(values[row]), signed(values[row] - found.label[row]))
+                for flow, values in found.flows.items()
+            ],
+            marks=lambda row: [
+                ("label", float(found.label[row])),
+                *((flow, float(found.flows[flow][row])) for flow in FLOWS),
+            ],
+        )
+    right = 1 - apart_and_wrong(found.label, found.values)[1]
+    return Told(
+        label=lambda row: found.classes[int(found.label[row])],
+        flows=lambda row: [
+            (flow, found.classes[int(found.flows[flow][row])], f"{right[place, row]:.2f}")
+            for place, flow in enumerate(FLOWS)
+        ],
+        marks=lambda row: [(flow, float(right[place, row])) for place, flow in enumerate(FLOWS)],
+    )
 
 
 def cards(run: Run) -> dict[str, Any]:
@@ -25,26 +70,22 @@ def cards(run: Run) -> dict[str, Any]:
     found = run.predictions
     if found is None:
         return {}
-    chosen = choose(found.label, found.flows, found.keys)
+    tells = told(found)
+    chosen = choose(found.label, found.values, found.keys)
     corpus = Corpus(run.recipe, found.split)
     clips = [corpus.read(found.keys[row], float(found.label[row])) for row, _ in chosen]
-    rows = [row for row, _ in chosen]
-    numbers = np.concatenate([found.label[rows], *(found.flows[flow][rows] for flow in FLOWS)])
-    low, high = float(numbers.min()), float(numbers.max())
+    numbers = [0.0, 1.0] if found.classes else [number for row, _ in chosen for _, number in tells.marks(row)]
+    low, high = min(numbers), max(numbers)
     decodes = any(found.imagined)
     shown = [
         {
             "key": plain(found.keys[row]) or f"row {row + 1}",
             "rule": RULES[rule],
-            "label": signed(found.label[row]),
-            "flows": [
-                (flow, signed(found.flows[flow][row]), signed(found.flows[flow][row] - found.label[row]))
-                for flow in FLOWS
-            ],
+            "label": tells.label(row),
+            "flows": tells.flows(row),
             # Positions on a line from the smallest to the largest number of all clips shown, in percent.
             "marks": [
-                (name, 100 * (float(value) - low) / (high - low) if high > low else 50.0)
-                for name, value in [("label", found.label[row]), *((flow, found.flows[flow][row]) for flow in FLOWS)]
+                (name, 100 * (number - low) / (high - low) if high > low else 50.0) for name, number in tells.marks(row)
             ],
             "present": ", ".join(found.present[row]) or "no modality",
             "imagined": shortened(found.imagined[row]) if decodes else None,
@@ -63,6 +104,7 @@ def cards(run: Run) -> dict[str, Any]:
         "counts": (APART, WRONG, TYPICAL),
         "decodes": decodes,
         "attends": any(card["attention"] for card in shown),
+        "chances": bool(found.classes),
         "sounds": any(clip.wav for clip in clips),
         "ends": (signed(low), signed(high)),
     }

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -22,13 +24,13 @@ from dist_train.figures import (
     WIDTH,
     Plot,
     distances,
-    label_places,
+    label_ticks,
     similarity,
 )
 from dist_train.label_order import by_label
 from dist_train.names import MODALITIES
 from dist_train.robustness_figures import VALUE_NAMES
-from dist_train.run_record import Representations, Run
+from dist_train.run_record import Representations, Run, are_places
 
 # Marker and edge of each set of points; what is imagined has the missing flow's colour, like all of that flow.
 MARKS = {
@@ -102,8 +104,11 @@ def has_tsne() -> bool:
     return importlib.util.find_spec("sklearn") is not None
 
 
-def representations(flat: Plane, near: Mapping[str, np.ndarray] | None, label: np.ndarray) -> Figure:
-    """All points of each clip, joined by a line, in their plane and beside it by t-SNE; label [n] is the colour.
+def representations(
+    flat: Plane, near: Mapping[str, np.ndarray] | None, label: np.ndarray, classes: Sequence[str] = ()
+) -> Figure:
+    """All points of each clip, joined by a line, in their plane and beside it by t-SNE; label [n] is the colour: a
+    number, or the place of one of `classes`.
 
     Args:
         near: set -> [n, 2], see `neighbours`; None: the plane alone.
@@ -111,7 +116,10 @@ def representations(flat: Plane, near: Mapping[str, np.ndarray] | None, label: n
     views = [("principal components", flat.points)] + ([] if near is None else [("t-SNE", near)])
     figure = Figure(figsize=(WIDTH, 4.1 if near else 4.6))
     panels = list(figure.subplots(1, len(views), squeeze=False)[0])
-    low, high = float(label.min()), float(label.max())
+    low, high = (-0.5, len(classes) - 0.5) if classes else (float(label.min()), float(label.max()))
+    few = len(classes) <= len(mpl.colormaps["tab10"].colors)  # type: ignore[attr-defined]
+    colours = mpl.colormaps["tab10" if few else "turbo"](np.linspace(0, 1, 10 if few else len(classes)))
+    cmap = ListedColormap(colours[: len(classes)]) if classes else mpl.colormaps["cividis"]
     size = float(np.clip((1500 if near else 3000) / len(label), 8, 40))
     for axes, (title, points) in zip(panels, views, strict=True):
         ways = np.stack(list(points.values()), 1)  # [n, sets, 2]
@@ -121,7 +129,7 @@ def representations(flat: Plane, near: Mapping[str, np.ndarray] | None, label: n
             marker, edge = MARKS[name]
             filled = marker != "x"
             drawn = axes.scatter(
-                place[:, 0], place[:, 1], c=label, cmap="cividis", vmin=low, vmax=high, s=size, marker=marker,
+                place[:, 0], place[:, 1], c=label, cmap=cmap, vmin=low, vmax=high, s=size, marker=marker,
                 linewidths=0.7 if filled else 1.0, edgecolors=edge if filled else None, zorder=2,
             )  # fmt: skip
         axes.set_title(title)
@@ -133,6 +141,8 @@ def representations(flat: Plane, near: Mapping[str, np.ndarray] | None, label: n
         axes.set_yticks([])
     bar = figure.colorbar(drawn, ax=panels, location="bottom", shrink=0.6, aspect=34, pad=0.03)
     bar.set_label("label")
+    if classes and few:
+        bar.set_ticks(list(range(len(classes))), labels=[name[:12] for name in classes])
     bar.outline.set_visible(False)
     marks = [
         Line2D([], [], color=MARKS[name][1], marker=MARKS[name][0], markersize=5, markerfacecolor="none",
@@ -151,7 +161,9 @@ def square(axes: Axes, points: np.ndarray) -> None:
     axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
 
 
-def projected(name: str, title: str, sets: Mapping[str, np.ndarray], label: np.ndarray, about: str) -> Plot:
+def projected(
+    name: str, title: str, sets: Mapping[str, np.ndarray], label: np.ndarray, about: str, classes: Sequence[str]
+) -> Plot:
     """The plot of some sets of points [n, d] of the same clips, by `representations`."""
     flat, near = plane(sets), neighbours(sets)
     caption = f"{about} The plane holds {flat.explained.sum():.0%} of their variance."
@@ -160,10 +172,10 @@ def projected(name: str, title: str, sets: Mapping[str, np.ndarray], label: np.n
         caption += f" t-SNE: perplexity {perplexity(points):g}, seed {SEED}; it keeps neighbourhoods, not distances."
     elif not has_tsne():
         caption += f" {NO_TSNE}"
-    return Plot(name, title, caption, partial(representations, flat, near, label))
+    return Plot(name, title, caption, partial(representations, flat, near, label, classes))
 
 
-def refinement(refined: Mapping[str, np.ndarray], label: np.ndarray) -> Figure:
+def refinement(refined: Mapping[str, np.ndarray], label: np.ndarray, classes: Sequence[str] = ()) -> Figure:
     """VGMR's values and gate of each modality and clip, flow -> [n, 3, k + 1], clips ordered by label [n].
 
     One colour scale for both flows of a quantity, as wide as what it takes on.
@@ -173,7 +185,7 @@ def refinement(refined: Mapping[str, np.ndarray], label: np.ndarray) -> Figure:
     names = VALUE_NAMES[next(iter(refined.values())).shape[2]]
     figure = Figure(figsize=(WIDTH, 0.7 + 1.15 * len(names)))
     panels = figure.subplots(len(names), len(refined), sharex=True, sharey=True, squeeze=False)
-    places, ticks = label_places(label)
+    places, ticks = label_ticks(np.sort(label), classes)
     for number, (row, name) in enumerate(zip(panels, names, strict=True)):
         tables = {flow: values[order, :, number].T.astype(np.float64) for flow, values in refined.items()}
         low, high = (float(end(list(tables.values()))) for end in (np.min, np.max))
@@ -181,7 +193,7 @@ def refinement(refined: Mapping[str, np.ndarray], label: np.ndarray) -> Figure:
             image = axes.imshow(table, cmap="cividis", vmin=low, vmax=high, aspect="auto", interpolation="nearest")
             axes.set_title(f"{name}, {FLOW_NAMES[flow]}")
             axes.set_yticks(range(len(MODALITIES)), MODALITIES)
-            axes.set_xticks(places, ticks)
+            axes.set_xticks(places, ticks, rotation=30 if classes else 0)
             axes.grid(visible=False)
             axes.spines[:].set_color(FAINT)
         bar = figure.colorbar(image, ax=list(row), aspect=9, pad=0.02)
@@ -200,22 +212,24 @@ def plots(run: Run) -> Iterator[Plot]:
             yield Plot(name, title, "No representations were written.", None)
         return
     about = f"of {len(found.label)} clips of the {found.split} split"
+    classes = run.task.classes if are_places(found.label.tolist(), run.task.classes) else []
     matrix = distances(found.complete, found.missing)
     own, other = np.diag(matrix).mean(), matrix[~np.eye(len(matrix), dtype=bool)].mean() if len(matrix) > 1 else None
-    order = by_label(found.complete, found.missing, found.label)
+    about_labels = "whether labels differ" if classes else "label difference"
+    order = by_label(found.complete, found.missing, found.label, nominal=bool(classes))
     caption = (
         f"L2 distance between final representations {about}, ordered by label. The "
         "closer the right matrix is to the left one, the better the missing flow stands in for the complete one. "
         + (
             ""
             if order is None
-            else f"Spearman correlation of distance and label difference: complete × complete {order.complete:.2f}, "
+            else f"Spearman correlation of distance and {about_labels}: complete × complete {order.complete:.2f}, "
             f"complete × missing {order.between:.2f}. "
         )
         + f"Mean distance of a clip's two flows: {own:.3g}"
         + ("." if other is None else f"; of different clips: {other:.3g}.")
     )
-    draw = partial(similarity, found.complete, found.missing, found.label)
+    draw = partial(similarity, found.complete, found.missing, found.label, classes)
     yield Plot("similarity", titles[0], caption, draw)
     flows = {"complete": found.complete, "missing": found.missing}
     flat = plane(flows)
@@ -225,18 +239,18 @@ def plots(run: Run) -> Iterator[Plot]:
         f"they are {flat.apart:.3g} apart in the mean{ratio} (root mean square distance from the centre, "
         f"{flat.spread:.3g})."
     )
-    yield projected("representations", titles[1], flows, found.label, caption)
-    yield from imagined(found)
+    yield projected("representations", titles[1], flows, found.label, caption, classes)
+    yield from imagined(found, classes)
     if found.refined:
         yield Plot(
             "refinement",
             "What the refinement thinks of each clip",
             f"Values in (0, 1) and gate, 1 where it is neutral, {about}, by label. Each scale spans what occurs.",
-            partial(refinement, found.refined, found.label),
+            partial(refinement, found.refined, found.label, classes),
         )
 
 
-def imagined(found: Representations) -> Iterator[Plot]:
+def imagined(found: Representations, classes: Sequence[str]) -> Iterator[Plot]:
     """What is imagined beside what it imagines; nothing of runs that imagine nothing, or only what no clip has."""
     if found.stand_in is None or found.lacks is None:
         return
@@ -263,7 +277,7 @@ def imagined(found: Representations) -> Iterator[Plot]:
         + (f"; as it comes in, to its own {np.linalg.norm(incoming - real, axis=1).mean():.3g}. " if changed else ".")
         + ("No loss compares these very vectors: MKD-1 and MKD-2 do so one layer further on." if changed else "")
     )
-    yield projected("imagined", "What is imagined, and what it imagines", sets, found.label[known], caption)
+    yield projected("imagined", "What is imagined, and what it imagines", sets, found.label[known], caption, classes)
 
 
 def differs(vectors: np.ndarray, lacks: np.ndarray) -> bool:

@@ -22,7 +22,7 @@ from dist_train.build import open_split, to_device
 from dist_train.costs import clip_costs
 from dist_train.evaluate import load_trained
 from dist_train.fusion import Fused
-from dist_train.metrics import Metrics, floors, valence_metrics
+from dist_train.metrics import Metrics, task_floors, task_metrics
 from dist_train.missing import TEXT, Streams, without
 from dist_train.model import DoubleFlow
 from dist_train.names import FLOWS, MODALITIES
@@ -30,6 +30,7 @@ from dist_train.packed import TextStates
 from dist_train.recipe import Recipe
 from dist_train.robustness_record import Robustness
 from dist_train.run_directory import RunDirectory
+from dist_train.task import Kind
 from sharding.budget import Cost
 from sharding.collectives import device, gather_objects, together
 from sharding.errors import UserError
@@ -94,8 +95,9 @@ def noisy(stream: TextStates, noise: Noise, index: Sequence[int], seed: int = 0)
 
 
 class Outcomes(NamedTuple):
-    """Predictions of n clips, in key order, on all ranks. predicted: by pattern, and by noise and flow (`NOISE/flow`);
-    values: of a model with VGMR, by condition, [n, 3, k + 1]: g and the mean of p as far as it has them, and the gate.
+    """Predictions of n clips, in key order, on all ranks. predicted: by pattern, and by noise and flow (`NOISE/flow`),
+    numbers [n] or logits [n, C]; values: of a model with VGMR, by condition, [n, 3, k + 1]: g and the mean of p as far
+    as it has them, and the gate.
     """
 
     label: np.ndarray
@@ -116,7 +118,7 @@ def outcomes(
     """Runs a split under every pattern and noise; what hears and reads runs once per clip (collective)."""
     plan = EpochPlan(len(split), batch, 1, dist.get_world_size(), seed=0, epoch=0, shuffle=False, costs=costs)
     batches = stream(split, plan, dist.get_rank(), collate, workers=workers)
-    found: dict[int, tuple[float, dict[str, float], dict[str, np.ndarray]]] = {}
+    found: dict[int, tuple[float, dict[str, np.ndarray], dict[str, np.ndarray]]] = {}
     for _ in range(sum(plan.micro_steps(step) for step in range(plan.steps))):
         beat("robustness: data")
         micro = together(lambda: next(batches))
@@ -128,7 +130,7 @@ def outcomes(
         for row in np.flatnonzero(micro["real"].numpy()):
             found[int(micro["index"][row])] = (
                 float(micro["label"][row]),
-                {name: float(column[row]) for name, column in predicted.items()},
+                {name: column[row] for name, column in predicted.items()},
                 {name: column[row] for name, column in values.items()},
             )
     merged: dict[int, Any] = {}
@@ -188,6 +190,7 @@ def missing_rates(found: Outcomes) -> dict[str, list[dict[str, Any]]]:
     """
     curves: dict[str, list[dict[str, Any]]] = {}
     count = len(found.label)
+    shape = (count,) + (1,) * (found.predicted[EVERYTHING].ndim - 1)  # logits are chosen by clip
     lacking = ["+".join(name for name in MODALITIES if name != gone) for gone in MODALITIES]
     for number, modality in enumerate((*MODALITIES, "random")):
         curve = []
@@ -197,8 +200,9 @@ def missing_rates(found: Outcomes) -> dict[str, list[dict[str, Any]]]:
                 draw = np.random.default_rng([seed, number])
                 which = np.full(count, number) if modality != "random" else draw.integers(3, size=count)
                 lacks = draw.permutation(count) < round(rate * count)
-                without_it = np.choose(which, [found.predicted[name] for name in lacking])
-                drawn.append(valence_metrics(np.where(lacks, without_it, found.predicted[EVERYTHING]), found.label))
+                without_it = np.choose(which.reshape(shape), [found.predicted[name] for name in lacking])
+                left = np.where(lacks.reshape(shape), without_it, found.predicted[EVERYTHING])
+                drawn.append(task_metrics(left, found.label))
             curve.append({"rate": rate, **spread(drawn)})
         curves[modality] = curve
     return curves
@@ -215,7 +219,7 @@ def spread(drawn: Sequence[Metrics]) -> dict[str, float | None]:
     return merged
 
 
-def summarise(found: Outcomes, train_labels: np.ndarray, split: str) -> Robustness:
+def summarise(found: Outcomes, train_labels: np.ndarray, split: str, kind: Kind = "regression") -> Robustness:
     """Metrics and curves of the predictions.
 
     Args:
@@ -223,16 +227,17 @@ def summarise(found: Outcomes, train_labels: np.ndarray, split: str) -> Robustne
     """
     noise: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for one in NOISES:
-        flows = {flow: valence_metrics(found.predicted[f"{one.name}/{flow}"], found.label) for flow in FLOWS}
+        flows = {flow: task_metrics(found.predicted[f"{one.name}/{flow}"], found.label) for flow in FLOWS}
         place = noise.setdefault(MODALITIES[one.modality], {}).setdefault(one.kind, [])
         place.append({"size": one.size, **flows})
     return Robustness.model_validate(
         {
+            "kind": kind,
             "split": split,
             "clips": len(found.label),
             "draws": DRAWS,
-            "floor": floors(train_labels, found.label),
-            "patterns": {name: valence_metrics(found.predicted[name], found.label) for name in PATTERNS},
+            "floor": task_floors(found.predicted[EVERYTHING], train_labels, found.label),
+            "patterns": {name: task_metrics(found.predicted[name], found.label) for name in PATTERNS},
             "missing_rate": missing_rates(found),
             "noise": noise,
             "values": {name: values.mean(0).tolist() for name, values in found.values.items()},
@@ -255,7 +260,7 @@ def evaluate_robustness(
         workers=recipe.data.workers,
         costs=clip_costs(recipe, split),
     )
-    result = summarise(found, open_split(recipe, "train").labels, split_name)
+    result = summarise(found, open_split(recipe, "train").labels, split_name, recipe.task.kind)
     if dist.get_rank() == 0:
         (run.path / f"robustness_{split_name}.json").write_text(result.model_dump_json(indent=1) + "\n")
     return result

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, model_validator
 
 from dist_train.names import Modality
+from dist_train.task import MEASURES, Kind
 
 Metrics = dict[str, FiniteFloat | None]
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9 .+]{1,60}$")]  # goes into figures
 
 
 class Scores(BaseModel):
-    """Metrics of one flow (`metrics.valence_metrics`); further ones are kept as they are."""
+    """Metrics of one flow by name (`metrics.task_metrics`)."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: Metrics = Field(init=False)
 
-    mae: FiniteFloat
+    def value(self, name: str) -> float:
+        """One metric; NaN where there is none."""
+        found = (self.__pydantic_extra__ or {}).get(name)
+        return math.nan if found is None else found
 
 
 class RatePoint(Scores):
     """Where a share of the clips lacks a modality: mean over draws; NAME_std is the standard deviation."""
 
     rate: FiniteFloat
-    mae_std: FiniteFloat
 
 
 class NoisePoint(BaseModel):
@@ -39,6 +43,7 @@ class NoisePoint(BaseModel):
 class Robustness(BaseModel):
     """Everything; see `robustness.py` for what the conditions are."""
 
+    kind: Kind = "regression"  # of task; older files do not say
     split: str
     clips: int
     draws: int
@@ -61,6 +66,19 @@ class Robustness(BaseModel):
             raise ValueError("a kind of noise is missing")
         if "audio+text+vision" not in self.patterns or "audio+vision" not in self.patterns:
             raise ValueError("a pattern is missing")
-        if self.floor.get("mae") is None:
+        main = MEASURES[self.kind].main
+        if self.floor.get(main) is None:
             raise ValueError("the floor is missing")
+        points = [point for curve in self.missing_rate.values() for point in curve]
+        sides = [
+            side
+            for kinds in self.noise.values()
+            for row in kinds.values()
+            for point in row
+            for side in (point.complete, point.missing)
+        ]
+        if any(math.isnan(scores.value(main)) for scores in (*self.patterns.values(), *points, *sides)):
+            raise ValueError(f"{main} is missing")
+        if any(math.isnan(point.value(f"{main}_std")) for point in points):
+            raise ValueError(f"{main}_std is missing")
         return self

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +21,15 @@ from safetensors.numpy import load
 
 from dist_train.names import FLOWS, MODALITIES
 from dist_train.robustness_record import Robustness
+from dist_train.task import TaskSettings, task_of
 from sharding.errors import UserError
 from sharding.files import MOST_JSON, MOST_YAML, read_bounded
 from sharding.plain_yaml import MOST_DEPTH, check_yaml
+from sharding.shards import class_problems
 
 MARKS = ("recipe.yaml", "metrics.jsonl", "summary.json")
 MOST_RECORD = 1 << 24  # bytes of a summary or of representations; a run writes some kB of them
+MOST_LAYERS = 1000  # of attention; a row each in a figure
 MOST_CLIPS = 1000  # whose distances to each other are drawn; a run keeps 96
 LEAVE_OUT = "Left out"
 SPLITS = ("test", "valid")  # what is shown of a run, best first
@@ -33,7 +37,8 @@ SPLITS = ("test", "valid")  # what is shown of a run, best first
 
 class Predictions(NamedTuple):
     """Rows of predictions_<split>.csv: arrays [n] in label units; of each clip also its key, what it has, and the
-    imagined text, "" where the file does not say.
+    imagined text, "" where the file does not say. Of a classifier label and flows are places in `classes`, and chances
+    of each flow are its probabilities [n, C].
     """
 
     split: str
@@ -42,6 +47,14 @@ class Predictions(NamedTuple):
     keys: list[str]
     present: list[list[str]]
     imagined: list[str]
+    classes: list[str]
+    chances: dict[str, np.ndarray]
+
+    @property
+    def values(self) -> np.ndarray:
+        """[2, n] numbers of the flows, or [2, n, C] their probabilities."""
+        of = self.chances if self.classes else self.flows
+        return np.stack([of[flow] for flow in FLOWS])
 
 
 class Representations(NamedTuple):
@@ -86,6 +99,13 @@ class Run:
     robustness: Robustness | None = None
     attention: TokenWeights | None = None
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def task(self) -> TaskSettings:
+        """What the run predicts: as its recipe says, or its predictions where the recipe is lost."""
+        if not self.recipe and self.predictions is not None and self.predictions.classes:
+            return TaskSettings(kind="classification", classes=self.predictions.classes)
+        return task_of(self.recipe)
 
     @property
     def is_mosei(self) -> bool:
@@ -178,27 +198,43 @@ def _read_predictions(run: Run, split: str) -> Predictions | None:
         return None
     try:
         file = io.StringIO(read_bounded(path, MOST_JSON, LEAVE_OUT).decode(errors="replace"), newline="")
+        table = csv.DictReader(file)
+        classes = classes_of(table.fieldnames or ())
+        likely = [f"{flow}:{name}" for flow in FLOWS for name in classes]
         rows = [
             (
-                [number(row.get(name)) for name in ("label", *FLOWS)],
+                [number(row.get(name)) for name in ("label", *FLOWS, *likely)],
                 row.get("key") or "",
                 [name for name in MODALITIES if row.get(f"has_{name}") == "1"],
                 row.get("imagined") or "",  # older files have no such column
             )
-            for row in csv.DictReader(file)
+            for row in table
         ]
     except (OSError, UserError, csv.Error) as error:
         run.problems.append(f"{path.name} cannot be read: {error}.")
         return None
-    good = [row for row in rows if np.isfinite(row[0]).all()]
+    good = [row for row in rows if np.isfinite(row[0]).all() and (not classes or are_places(row[0][:3], classes))]
     if len(good) < len(rows) or not rows:
         run.problems.append(f"{path.name}: {len(rows) - len(good)} of {len(rows)} rows are unusable and left out.")
     if not good:
         return None
     numbers, keys, present, imagined = zip(*good, strict=True)
-    label, complete, missing = np.array(numbers, dtype=np.float64).T
+    label, complete, missing, *chances = np.array(numbers, dtype=np.float64).T
     flows = {"complete": complete, "missing": missing}
-    return Predictions(split, label, flows, list(keys), list(present), list(imagined))
+    halves = [np.stack(part, 1) for part in (chances[: len(classes)], chances[len(classes) :]) if part]
+    by_flow = dict(zip(FLOWS, halves, strict=False))
+    return Predictions(split, label, flows, list(keys), list(present), list(imagined), classes, by_flow)
+
+
+def classes_of(columns: Sequence[str]) -> list[str]:
+    """Names of the classes in a file of predictions, by its columns FLOW:CLASS; none where it is of numbers."""
+    named = [[column.removeprefix(f"{flow}:") for column in columns if column.startswith(f"{flow}:")] for flow in FLOWS]
+    return named[0] if named[0] == named[1] and not any(class_problems(named[0])) else []
+
+
+def are_places(values: Sequence[float], classes: Sequence[str]) -> bool:
+    """Whether each is the place of a class."""
+    return all(value in range(len(classes)) for value in values)
 
 
 def _read_representations(run: Run, split: str) -> Representations | None:
@@ -257,8 +293,10 @@ def _read_attention(run: Run, split: str) -> TokenWeights | None:
         tensors = load(read_bounded(path, MOST_RECORD, LEAVE_OUT))
         targets, (seconds,) = tensors.pop("targets").tolist(), tensors.pop("frame_seconds").tolist()
         clips = {name.removeprefix("clip/"): weights for name, weights in tensors.items()}
-        fits = all(
-            weights.ndim == 3 and weights.shape[0] > 0 and weights.shape[1] == len(targets) and weights.shape[2] > 1
+        fits = 0 < len(targets) <= len(MODALITIES) and set(targets) <= set(range(len(MODALITIES)))
+        fits = fits and all(
+            weights.ndim == 3 and 0 < weights.shape[0] <= MOST_LAYERS
+            and weights.shape[1] == len(targets) and weights.shape[2] > 1
             # of rows that sum to 1; fp16 rounds each of many small numbers
             and np.allclose(weights.sum(2, dtype=np.float64), 1, atol=0.05) and (weights >= 0).all()
             for weights in clips.values()

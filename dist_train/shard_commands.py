@@ -27,7 +27,7 @@ mmsa: a feature pickle such as unaligned_50.pkl.
 
 csd: folder of CMU-MultimodalSDK's .csd files, with --split-from.
 
-meld: folder of *_sent_emo.csv and diaX_uttY files, with --labels.
+meld: folder of *_sent_emo.csv and diaX_uttY files, with --labels or --classes.
 
 chsims: folder of label.csv and Raw/VIDEO/CLIP.mp4.
 
@@ -52,6 +52,12 @@ def shards_make(
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples per tar.")] = 1000,
     on_bad_sample: Annotated[str, typer.Option(help=BAD_SAMPLE_HELP)] = "stop",
     label_range: Annotated[tuple[float, float], typer.Option(help="Smallest and largest label.")] = (-3.0, 3.0),
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…", help="Labels are these classes (task: classification), stored as their places from 0."
+        ),
+    ] = None,
     fill_non_finite: Annotated[
         bool, typer.Option("--fill-non-finite", help="Write 0 where features are NaN or infinite, and count it.")
     ] = False,
@@ -79,7 +85,7 @@ def shards_make(
         str | None,
         typer.Option(
             metavar="CLASS=NUMBER,…",
-            help="Numbers of classes, e.g. positive=1,neutral=0,negative=-1.",
+            help="Numbers of classes, e.g. positive=1,neutral=0,negative=-1; with --classes names too: exc=happy.",
             rich_help_panel=CORPUS,
         ),
     ] = None,
@@ -108,21 +114,24 @@ def shards_make(
         float | None, typer.Option(help="How many frames the encoder sees.", rich_help_panel=FILMS)
     ] = None,
 ) -> None:
-    from tools.imports.command import check_kind, import_corpus, read_labels, read_splits
+    from tools.imports.command import check_kind, import_corpus, read_classes, read_labels, read_splits
     from tools.imports.found import Options
     from tools.imports.frames import load_encoder
     from tools.shards import Making, make
 
     if on_bad_sample not in ("stop", "set_aside"):
         raise UserError("--on-bad-sample", f"is {on_bad_sample!r}", "Write stop or set_aside.")
-    making = Making(workers, samples_per_shard, on_bad_sample, label_range, fill_non_finite)
+    if classes is not None and label_range != (-3.0, 3.0):
+        raise UserError("--label-range", "has no meaning with --classes", "Leave one of them out.")
+    named = read_classes(classes)
+    making = Making(workers, samples_per_shard, on_bad_sample, label_range, fill_non_finite, named)
     options = Options(
         audio=audio,
         text=text,
         vision=vision,
         transcript=transcript,
         label=label,
-        labels=read_labels(labels),
+        labels=read_labels(labels, named),
         splits=read_splits(splits),
         split_from=split_from,
     )

@@ -1,4 +1,4 @@
-"""The figure and the page of a sweep: error of both flows over what was varied."""
+"""The figure and the page of a sweep: the main metric of both flows over what was varied."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 from dist_train.figures import FLOW_COLOURS, FLOW_NAMES, NEUTRAL, WIDTH, render
 from dist_train.names import FLOWS
+from dist_train.task import MEASURES, Measure
 
 Row = dict[str, Any]  # of the table, by column
 MOST_SHOWN = 40  # settings in the figure, the best
@@ -26,7 +27,7 @@ def write_page(directory: Path, rows: Sequence[Row], varied: Sequence[str]) -> l
     """Writes sweep.png and sweep.html. Returns their paths; the page alone if no point has a score yet.
 
     Args:
-        rows: a row a point; the columns test.complete.mae and so on are read.
+        rows: a row a point; the columns test.complete.mae (macro_f1 of classifiers) and so on are read.
         varied: columns in which points differ.
 
     Raises:
@@ -42,9 +43,10 @@ def write_page(directory: Path, rows: Sequence[Row], varied: Sequence[str]) -> l
     page.write_text(
         template.get_template("sweep.html.j2").render(
             name=directory.name,
-            rows=[shown_row(directory, row, varied, split or "test") for row in rows],
+            rows=[shown_row(directory, row, varied, split or "test", measure_of(rows)) for row in rows],
             varied=varied,
             split=split or "test",
+            measure=measure_of(rows),
             published=any(is_published(row) for row in rows),
             image="data:image/png;base64," + base64.b64encode(png).decode() if png else "",
         ),
@@ -55,12 +57,20 @@ def write_page(directory: Path, rows: Sequence[Row], varied: Sequence[str]) -> l
 
 def is_published(row: Row) -> bool:
     """Whether the literature has a number for this point."""
-    return any(row.get(f"published.{flow}.mae") is not None for flow in FLOWS)
+    return any(
+        row.get(f"published.{flow}.{measure.main}") is not None for flow in FLOWS for measure in MEASURES.values()
+    )
+
+
+def measure_of(rows: Sequence[Row]) -> Measure:
+    """What the points are judged by: of a sweep of both kinds, what classifiers are; the others are then not shown."""
+    classifies = any(row.get(f"{split}.missing.macro_f1") is not None for row in rows for split in ("test", "valid"))
+    return MEASURES["classification" if classifies else "regression"]
 
 
 def has_score(row: Row, split: str) -> bool:
     """Whether a point was scored on a split."""
-    return row.get(f"{split}.missing.mae") is not None
+    return any(row.get(f"{split}.missing.{measure.main}") is not None for measure in MEASURES.values())
 
 
 def settings_of(rows: Sequence[Row], varied: Sequence[str], split: str) -> list[tuple[dict[str, Any], list[Row]]]:
@@ -77,12 +87,14 @@ def settings_of(rows: Sequence[Row], varied: Sequence[str], split: str) -> list[
 
 
 def draw(rows: Sequence[Row], varied: Sequence[str], split: str) -> Figure:
-    """MAE of both flows for each setting, a dot a seed; a curve where one number alone was varied."""
+    """The main metric of both flows for each setting, a dot a seed; a curve where one number alone was varied."""
+    measure = measure_of(rows)
+    rows = [row for row in rows if row.get(f"{split}.missing.{measure.main}") is not None]
     settings = settings_of(rows, varied, split)
     numbers = [only(values) for values, _ in settings if len(values) == 1]
     if len(settings) > 2 and len(numbers) == len(settings) and all(is_number(value) for value in numbers):
-        return curve(settings, split)
-    return dots(settings, split)
+        return curve(settings, split, measure)
+    return dots(settings, split, measure)
 
 
 def only(values: dict[str, Any]) -> Any:
@@ -95,47 +107,52 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def curve(settings: Sequence[tuple[dict[str, Any], list[Row]]], split: str) -> Figure:
-    """MAE over one number; the lines are means over seeds."""
+def curve(settings: Sequence[tuple[dict[str, Any], list[Row]]], split: str, measure: Measure) -> Figure:
+    """The main metric over one number; the lines are means over seeds."""
     settings = sorted(settings, key=lambda setting: only(setting[0]))
     x = np.array([only(values) for values, _ in settings], dtype=float)
     figure = Figure(figsize=(WIDTH, 3.4))
     axes = figure.add_subplot()
     for flow in FLOWS:
-        errors = [errors_of(points, split, flow) for _, points in settings]
-        for place, values in zip(x, errors, strict=True):
+        reached = [values_of(points, split, flow, measure) for _, points in settings]
+        for place, values in zip(x, reached, strict=True):
             axes.plot([place] * len(values), values, "o", color=FLOW_COLOURS[flow], alpha=0.45, markersize=4)
-        axes.plot(x, [np.mean(values) for values in errors], color=FLOW_COLOURS[flow], label=FLOW_NAMES[flow])
-    floor(axes, settings, split, vertical=False)
+        axes.plot(x, [np.mean(values) for values in reached], color=FLOW_COLOURS[flow], label=FLOW_NAMES[flow])
+    floor(axes, settings, f"{split}.floor.{measure.main}", vertical=False)
     if x.min() > 0 and x.max() > 30 * x.min():
         axes.set_xscale("log")
     axes.set_xlabel(label(next(iter(settings[0][0]))))
-    axes.set_ylabel(f"MAE, {split} split")
+    axes.set_ylabel(f"{measure.title}, {split} split")
     axes.legend()
     return figure
 
 
-def dots(settings: Sequence[tuple[dict[str, Any], list[Row]]], split: str) -> Figure:
+def dots(settings: Sequence[tuple[dict[str, Any], list[Row]]], split: str, measure: Measure) -> Figure:
     """A line for each setting, the best if there are many; bars are means over seeds."""
     if len(settings) > MOST_SHOWN:
-        best = sorted(settings, key=lambda setting: np.mean([errors_of(setting[1], split, flow) for flow in FLOWS]))
+        best = sorted(
+            settings,
+            key=lambda setting: measure.loss(
+                float(np.mean([values_of(setting[1], split, flow, measure) for flow in FLOWS]))
+            ),
+        )
         settings = [setting for setting in settings if any(setting is one for one in best[:MOST_SHOWN])]
     published = any(is_published(row) for _, points in settings for row in points)
     figure = Figure(figsize=(WIDTH + 1, 1.2 + 0.3 * len(settings)))
     axes, *others = figure.subplots(1, 1 + published, sharey=True, squeeze=False)[0]
     for beside in others:  # other data, so an axis of its own
         for flow in FLOWS:
-            told = [points[0].get(f"published.{flow}.mae") for _, points in settings]
+            told = [points[0].get(f"published.{flow}.{measure.main}") for _, points in settings]
             found = [(value, line) for line, value in enumerate(told) if value is not None]
             beside.plot(*zip(*found, strict=True), "D", color=FLOW_COLOURS[flow], fillstyle="none", markersize=5)
-        beside.set_xlabel("MAE as published")
+        beside.set_xlabel(f"{measure.title} as published")
     for flow, shift in zip(FLOWS, (-0.14, 0.14), strict=True):
         for line, (_, points) in enumerate(settings):
-            values = errors_of(points, split, flow)
+            values = values_of(points, split, flow, measure)
             axes.plot(values, [line + shift] * len(values), "o", color=FLOW_COLOURS[flow], alpha=0.55, markersize=4)
             axes.plot(np.mean(values), line + shift, "|", color=FLOW_COLOURS[flow], markersize=9)
         axes.plot([], [], "o", color=FLOW_COLOURS[flow], label=FLOW_NAMES[flow])
-    floor(axes, settings, split, vertical=True)
+    floor(axes, settings, f"{split}.floor.{measure.main}", vertical=True)
     names = [
         ", ".join(
             str(value) if key == "setting" else f"{key.rpartition('.')[2]} {shown(value)}" for key, value in one.items()
@@ -144,19 +161,19 @@ def dots(settings: Sequence[tuple[dict[str, Any], list[Row]]], split: str) -> Fi
     ]
     axes.set_yticks(range(len(settings)), [label(name or "all points") for name in names])
     axes.set_ylim(len(settings) - 0.4, -0.6)
-    axes.set_xlabel(f"MAE, {split} split")
+    axes.set_xlabel(f"{measure.title}, {split} split")
     figure.legend(loc="outside upper right", ncols=3)
     return figure
 
 
-def errors_of(points: Sequence[Row], split: str, flow: str) -> list[float]:
-    """MAE of each point."""
-    return [float(row[f"{split}.{flow}.mae"]) for row in points]
+def values_of(points: Sequence[Row], split: str, flow: str, measure: Measure) -> list[float]:
+    """The main metric of each point."""
+    return [float(row[f"{split}.{flow}.{measure.main}"]) for row in points]
 
 
-def floor(axes: Axes, settings: Sequence[tuple[dict[str, Any], list[Row]]], split: str, *, vertical: bool) -> None:
+def floor(axes: Axes, settings: Sequence[tuple[dict[str, Any], list[Row]]], column: str, *, vertical: bool) -> None:
     """The trivial floor, where all points share it."""
-    found = {row[f"{split}.floor.mae"] for _, points in settings for row in points} - {None}
+    found = {float(row[column]) for _, points in settings for row in points if row.get(column) is not None}
     if found and max(found) - min(found) < 1e-6 * max(found):
         line = axes.axvline if vertical else axes.axhline
         line(found.pop(), color=NEUTRAL, linestyle="--", linewidth=1, label="floor")
@@ -174,16 +191,16 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def shown_row(directory: Path, row: Row, varied: Sequence[str], split: str) -> dict[str, Any]:
+def shown_row(directory: Path, row: Row, varied: Sequence[str], split: str, measure: Measure) -> dict[str, Any]:
     """A line of the page's table."""
-    scores = [row.get(f"{split}.{part}.mae") for part in ("complete", "missing", "gap", "floor")]
+    scores = [row.get(f"{split}.{part}.{measure.main}") for part in ("complete", "missing", "gap", "floor")]
     return {
         "point": row["point"],
         "report": f"{row['point']}/report.html" if (directory / row["point"] / "report.html").is_file() else "",
         "values": [shown(row[key]) for key in varied],
         "state": row["state"],
         "reason": row["reason"] or "",
-        "published": [shown(row.get(f"published.{flow}.mae")) for flow in FLOWS],
+        "published": [shown(row.get(f"published.{flow}.{measure.main}")) for flow in FLOWS],
         "scores": ["–" if score is None else f"{score:.3f}".replace("-", "−") for score in scores],
         "steps": shown(row["steps"]),
         "pace": shown(row["clips_per_second"]),

@@ -34,6 +34,7 @@ from dist_train.run_directory import RunDirectory
 from dist_train.run_state import Progress, RunState, check_bases, read_run_state
 from dist_train.speed import peak_bytes, read_steps, speed
 from dist_train.step import Stepper, StepResult
+from dist_train.task import MEASURES
 from sharding import checkpoint
 from sharding.agreement import Agreement
 from sharding.census import Census
@@ -305,8 +306,8 @@ class Trainer:
             workers=recipe.data.workers,
             costs=self.valid_costs,
         )
-        scores = score(predictions, self.train_split.labels)
-        found = judged(scores, recipe.training.select_on)
+        scores = score(predictions, self.train_split.labels, recipe.task)
+        found = judged(scores, recipe.training.select_on, recipe.task)
         better = progress.best_score is None or found < progress.best_score
         progress.validations_since_best = 0 if better else progress.validations_since_best + 1
         if better:
@@ -316,7 +317,7 @@ class Trainer:
             row["seconds"] = time.perf_counter() - began
             self.run.log({**row, **{part: value for part, value in scores.items() if part != "gap"}})
         self.save(*(("best",) if better else ()))
-        display.validation(progress.epoch, scores, better)
+        display.validation(progress.epoch, scores, better, MEASURES[recipe.task.kind])
 
     def check_clips_left(self) -> None:
         """Refuses to save what was trained on nothing.

@@ -42,6 +42,7 @@ class MixInfo:
         dims: widths.
         label_range: smallest and largest label.
         features: of what its features were made, but for the clips; see `shards.DatasetInfo`.
+        classes: names of classes, where labels are such.
         content_hash: sha256 of the sorted lines "name TAB weight TAB content hash NEWLINE".
     """
 
@@ -50,6 +51,7 @@ class MixInfo:
     label_range: tuple[float, float]
     content_hash: str
     features: Features | None = None
+    classes: list[str] | None = None
 
 
 class MixedSplit(ShardedSplit):
@@ -113,7 +115,11 @@ def mix_info(parts: Sequence[Part]) -> MixInfo:
             problem = f"has {name} of width {width}, {found[widths[name]].root} of width {widths[name]}"
             errors.append(UserError(str(found[width].root), problem, "Make them alike, or leave one of them out"))
     for part, info in zip(parts, infos, strict=True):
-        if info.label_range != infos[0].label_range:
+        if info.classes != infos[0].classes:
+            shown = [", ".join(one.classes) if one.classes else "none" for one in (info, infos[0])]
+            problem = f"has classes {shown[0]}, {parts[0].root} has {shown[1]}"
+            errors.append(UserError(str(part.root), problem, "Make its shards anew with the other --classes"))
+        elif info.label_range != infos[0].label_range:
             bounds = ["{:g} … {:g}".format(*one.label_range) for one in (info, infos[0])]
             problem = f"has labels in {bounds[0]}, {parts[0].root} in {bounds[1]}"
             errors.append(UserError(str(part.root), problem, "Make its shards anew with the other --label-range"))
@@ -132,7 +138,7 @@ def mix_info(parts: Sequence[Part]) -> MixInfo:
         if counts:
             splits[name] = sum(counts)
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
-    return MixInfo(splits, Dims(**widths), infos[0].label_range, digest, features[0])
+    return MixInfo(splits, Dims(**widths), infos[0].label_range, digest, features[0], infos[0].classes)
 
 
 def joined(names: Sequence[str], tables: Sequence[Table]) -> Table:

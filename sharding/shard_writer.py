@@ -183,10 +183,17 @@ class _OpenShard:
 class DatasetWriter:
     """Takes packed samples in order; made by `write_dataset`."""
 
-    def __init__(self, directory: Path, dims: Dims, label_range: tuple[float, float], samples_per_shard: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        dims: Dims,
+        label_range: tuple[float, float],
+        samples_per_shard: int,
+        classes: list[str] | None = None,
+    ) -> None:
         self.set_aside: list[SetAside] = []
         self._directory, self._dims = directory, dims
-        self._label_range, self._samples_per_shard = label_range, samples_per_shard
+        self._label_range, self._samples_per_shard, self._classes = label_range, samples_per_shard, classes
         self._open: dict[Split, _OpenShard] = {}
         self._indexes: dict[Split, list[ShardIndex]] = {}
         self._files = ExitStack()
@@ -216,7 +223,12 @@ class DatasetWriter:
             self._end_shard(shard)
         self._open.clear()
         return finish_dataset(
-            self._directory, self._indexes, dims=self._dims, label_range=self._label_range, set_aside=self.set_aside
+            self._directory,
+            self._indexes,
+            dims=self._dims,
+            label_range=self._label_range,
+            set_aside=self.set_aside,
+            classes=self._classes,
         )
 
     def close(self) -> None:
@@ -269,11 +281,12 @@ def finish_dataset(
     label_range: tuple[float, float],
     set_aside: list[SetAside],
     features: dict[str, Any] | None = None,
+    classes: list[str] | None = None,
 ) -> DatasetInfo:
     """Writes what belongs to tars and indexes that are there: the columns of each split, and dataset.json.
 
     Args:
-        features: see `DatasetInfo`.
+        features, classes: see `DatasetInfo`.
 
     Raises:
         OSError: the disk refuses it.
@@ -281,7 +294,9 @@ def finish_dataset(
     for split, found in indexes.items():
         write_columns(directory, split, found)
     info = DatasetInfo(
-        splits={split: _split_info(found, label_range) for split, found in sorted(indexes.items(), key=_place)},
+        splits={
+            split: _split_info(found, label_range, classes) for split, found in sorted(indexes.items(), key=_place)
+        },
         dims=dims,
         label_range=label_range,
         set_aside=set_aside,
@@ -292,6 +307,7 @@ def finish_dataset(
             for pair in zip(index.columns.key, index.columns.sha256, strict=True)
         ),
         features=features,
+        classes=classes,
     )
     write_synced(directory / "dataset.json", info.model_dump_json(indent=1))
     return info
@@ -301,7 +317,9 @@ def _place(split: tuple[str, Any]) -> int:
     return SPLITS.index(split[0])
 
 
-def _split_info(indexes: Sequence[ShardIndex], label_range: tuple[float, float]) -> SplitInfo:
+def _split_info(
+    indexes: Sequence[ShardIndex], label_range: tuple[float, float], classes: list[str] | None
+) -> SplitInfo:
     c = {name: [v for x in indexes for v in getattr(x.columns, name)] for name in Columns.model_fields}
     audio = zip(c["audio_seconds"], c["audio_frames"], strict=True)
     text = zip(c["text_characters"], c["text_frames"], strict=True)
@@ -309,7 +327,7 @@ def _split_info(indexes: Sequence[ShardIndex], label_range: tuple[float, float])
         shards=[ShardEntry(file=x.tar, samples=len(x.columns.key), bytes=x.bytes, sha256=x.sha256) for x in indexes],
         samples=len(c["key"]),
         seconds=sum(s or 0.0 for s in c["audio_seconds"]),
-        labels=_label_statistics(c["label"], label_range),
+        labels=_label_statistics(c["label"], label_range, classes),
         missing={
             "audio": sum(pair == (None, None) for pair in audio),
             "text": sum(pair == (None, None) for pair in text),
@@ -320,7 +338,12 @@ def _split_info(indexes: Sequence[ShardIndex], label_range: tuple[float, float])
 
 @contextmanager
 def write_dataset(
-    out: Path, *, dims: Dims, label_range: tuple[float, float], samples_per_shard: int
+    out: Path,
+    *,
+    dims: Dims,
+    label_range: tuple[float, float],
+    samples_per_shard: int,
+    classes: list[str] | None = None,
 ) -> Iterator[DatasetWriter]:
     """Write a dataset into a hidden directory beside `out`, renamed to `out` when the block ends well, else removed.
 
@@ -330,7 +353,7 @@ def write_dataset(
     refuse_existing(out)
     partial = out.parent / f".{out.name}.partial-{uuid.uuid4().hex[:8]}"
     made = [parent for parent in (out.parent, *out.parent.parents) if not parent.exists()]
-    writer = DatasetWriter(partial, dims, label_range, samples_per_shard)
+    writer = DatasetWriter(partial, dims, label_range, samples_per_shard, classes)
     try:
         partial.mkdir(parents=True)
         yield writer
@@ -380,8 +403,11 @@ def write_synced(path: Path, text: str) -> None:
         os.fsync(stream.fileno())
 
 
-def _label_statistics(labels: list[float], label_range: tuple[float, float]) -> LabelStatistics:
-    counts, edges = np.histogram(labels, bins=12, range=label_range)
+def _label_statistics(
+    labels: list[float], label_range: tuple[float, float], classes: list[str] | None
+) -> LabelStatistics:
+    bins = 12 if classes is None else len(classes)
+    counts, edges = np.histogram(labels, bins, label_range if classes is None else (-0.5, bins - 0.5))
     return LabelStatistics(
         min=min(labels),
         max=max(labels),

@@ -21,14 +21,15 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import soundfile
-from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from sharding.errors import UserError, UserErrors
 from sharding.files import MOST_JSON, read_bounded
@@ -42,6 +43,7 @@ SAMPLE_RATE: Literal[16000] = 16000
 LONGEST_SECONDS = 3600
 LARGEST_LABEL = 1e6  # a square of it, summed over a batch, is far from the end of fp32
 LONGEST_KEY = 1000  # characters
+MOST_CLASSES, LONGEST_CLASS = 200, 40  # how many, and characters of a name
 SOURCE = "source"  # of `DatasetInfo.features`: content hash of the shards that were read
 REMAKE = "Copy the shards again, or make them anew with `dist-train shards make`"
 
@@ -144,6 +146,43 @@ class DatasetInfo(BaseModel):
     content_hash: Sha256
     features: Features | None = None
     """Of extracted features: what decides them, by section. Whoever trains on them may ask for it."""
+    classes: list[str] | None = None
+    """Where labels are classes: their names. A label is then the place of its class in this list, from 0."""
+
+    @field_validator("classes")
+    @classmethod
+    def named(cls, classes: list[str] | None) -> list[str] | None:
+        """Names that can be told apart, and shown."""
+        for problem, _ in class_problems(classes or []) if classes is not None else ():
+            raise ValueError(problem)
+        return classes
+
+
+def class_problems(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """What is wrong with a list of class names, and what to do."""
+    if not 2 <= len(names) <= MOST_CLASSES:
+        yield f"names {len(names)} classes", f"Write 2 to {MOST_CLASSES}"
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        yield f"names the class {twice[0]!r} twice", "Write each name once"
+    for name in names:
+        plain = all(unicodedata.category(c)[0] != "C" and unicodedata.category(c) not in ("Zl", "Zp") for c in name)
+        if not plain or not 0 < len(name) <= LONGEST_CLASS or name != name.strip() or set(name) & set(",=:$"):
+            problem = f"names a class {name[:LONGEST_CLASS]!r}"
+            yield (
+                problem,
+                f"Write 1 to {LONGEST_CLASS} printable characters without , = : $ and outer white space",
+            )
+        elif _is_number(name):
+            yield f"names a class {name!r}, which is a number", "Give it a name that is none"
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 def content_hash(samples: Iterable[tuple[str, str, str]]) -> str:

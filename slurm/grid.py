@@ -46,7 +46,7 @@ class ListedPoint(BaseModel):
     ranks: PositiveInt | None = None
     """Of each node, each with a GPU where the launch has GPUs."""
     published: dict[Literal["complete", "missing"], FiniteFloat] = Field(default_factory=dict)
-    """MAE of each flow in the literature, shown beside what is found."""
+    """MAE (macro-F1 in classification) of each flow in the literature, shown beside what is found."""
 
 
 class GridFile(BaseModel):

@@ -17,7 +17,7 @@ from dist_train.names import FLOWS
 from dist_train.resume import flat
 from dist_train.run_record import number
 from dist_train.sweep_page import write_page
-from dist_train.tables import NAMES
+from dist_train.task import MEASURES, task_of
 from sharding.errors import UserError
 from slurm.progress import Loader
 from slurm.sweep_record import SweepRecord
@@ -28,7 +28,8 @@ SCORES = [
     f"{split}.{part}.{metric}"
     for split in ("test", "valid")
     for part in ("complete", "missing", "gap", "floor")
-    for metric in NAMES
+    for measure in MEASURES.values()
+    for metric in measure.names
 ]
 SPEED = ("clips_per_second", "step_seconds", "tokens_per_second", "mfu", "data_share", "padding_share")
 FIXED = {
@@ -40,7 +41,7 @@ FIXED = {
     **dict.fromkeys(SCORES, NUMBER),
     "test.transcription.nats_per_token": NUMBER,
     "valid.transcription.nats_per_token": NUMBER,
-    **dict.fromkeys((f"published.{flow}.mae" for flow in FLOWS), NUMBER),
+    **dict.fromkeys((f"published.{flow}.{measure.main}" for measure in MEASURES.values() for flow in FLOWS), NUMBER),
     **dict.fromkeys(SPEED, NUMBER),
     "seconds": NUMBER,
     **dict.fromkeys(("world_size", "zero_stage", "restarts"), WHOLE),
@@ -73,7 +74,8 @@ def row_of(record: SweepRecord, one: Seen, keys: Sequence[str]) -> dict[str, Any
     """A point, by column."""
     summary, status = one.summary, one.status
     row: dict[str, Any] = dict.fromkeys((*keys, *FIXED))
-    recipe = flat(read_recipe(record.run(one.point).recipe))
+    resolved = read_recipe(record.run(one.point).recipe)
+    recipe, main = flat(resolved), MEASURES[task_of(resolved).kind].main
     row |= {key: plain_value(recipe.get(key)) for key in keys}
     scores = flat({split: summary[split] for split in ("test", "valid") if isinstance(summary.get(split), dict)})
     speed = summary.get("speed") or {}
@@ -82,7 +84,7 @@ def row_of(record: SweepRecord, one: Seen, keys: Sequence[str]) -> dict[str, Any
     row |= {
         "point": one.point.name,
         "setting": one.point.setting,
-        **{f"published.{flow}.mae": value for flow, value in one.point.published.items()},
+        **{f"published.{flow}.{main}": value for flow, value in one.point.published.items()},
         "overrides": shlex.join(one.point.overrides),
         "seed": typed(recipe.get("seed"), WHOLE),
         "state": one.state,

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_train.run_directory import RunDirectory
+from dist_train.task import MEASURES
 from sharding.errors import plain
 from sharding.launch import INTERRUPTED
 from slurm.grid import Point
@@ -183,12 +184,14 @@ def table(seen: Sequence[Seen]) -> Table:
     split = "test" if any("test" in one.summary for one in seen) or not any(one.summary for one in seen) else "valid"
     again = any(one.restarts for one in seen)
     made.add_column("point", overflow="fold", min_width=16)
-    scored = (f"{split} MAE", "missing flow")
+    known = [one.summary.get(split, {}).get("missing", {}) for one in seen]
+    measure = MEASURES["classification" if any("macro_f1" in scores for scores in known) else "regression"]
+    scored = (f"{split} {measure.title}", "missing flow")
     for column in ("state", "step", "clips/s", "left", *(["restarts"] if again else []), *scored):
         made.add_column(column, justify="left" if column == "state" else "right", no_wrap=True)
     for one in seen:
         status = one.status
-        scores = [one.summary.get(split, {}).get(flow, {}).get("mae") for flow in ("complete", "missing")]
+        scores = [one.summary.get(split, {}).get(flow, {}).get(measure.main) for flow in ("complete", "missing")]
         made.add_row(
             Text(one.point.name),
             Text(one.state, f"bold {COLOURS.get(one.state, 'yellow')}"),

@@ -111,7 +111,7 @@ class Extractor:
         self.recipe, self.place, self.dtype, self.stop = recipe, place, dtype, stop
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         contents = load_info(Path(str(recipe.data.path)))
-        self.label_range, self.vision = contents.label_range, contents.dims.vision
+        self.contents, self.vision = contents, contents.dims.vision
         identity = {**settings_of(recipe), "dtype": dtype, SOURCE: contents.content_hash}
         together(lambda: place.check(identity) if self.rank == 0 else None)  # before anything is loaded
         self.model, self.collate, self.identity = together(lambda: self.load(identity, checkpoint))
@@ -233,7 +233,7 @@ class Extractor:
                 sample["index"],
                 pack_sample(
                     sample["key"],
-                    sample["label"],
+                    float(self.splits[split].columns.label[sample["index"]]),  # as stored: a task may bound it
                     split,
                     text=sample["text"],
                     vision=sample["vision"],
@@ -247,7 +247,11 @@ class Extractor:
         """Gives the dataset its name."""
         widths = {"audio": self.model.audio.width, "text": self.model.text_width, "simulated": self.model.text_width}
         info = self.place.finish(
-            pieces, Dims(**widths, vision=self.vision), label_range=self.label_range, features=self.identity
+            pieces,
+            Dims(**widths, vision=self.vision),
+            label_range=self.contents.label_range,
+            features=self.identity,
+            classes=self.contents.classes,
         )
         clips = sum(part.samples for part in info.splits.values())
         size = sum(entry.bytes for part in info.splits.values() for entry in part.shards)

@@ -164,6 +164,7 @@ class Extraction:
         *,
         label_range: tuple[float, float],
         features: dict[str, Any],
+        classes: list[str] | None = None,
     ) -> DatasetInfo:
         """Writes what belongs to the tars, and gives the directory its name.
 
@@ -193,6 +194,7 @@ class Extraction:
                 label_range=label_range,
                 set_aside=aside,
                 features=features,
+                classes=classes,
             )
             self.seal()
         except OSError as error:

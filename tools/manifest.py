@@ -8,7 +8,7 @@ import json
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 from sharding.errors import UserError, UserErrors
 from sharding.files import read_bounded
-from sharding.shards import LARGEST_LABEL, LONGEST_KEY, Split
+from sharding.shards import LARGEST_LABEL, LONGEST_KEY, Split, class_problems
 from tools.sources import Features, Media
 
 REQUIRED = ("key", "label", "split")
@@ -30,6 +30,7 @@ LONG_TEXT = 8000  # characters, about the 2048-token context of Llama
 LONGEST_TEXT = 1_000_000  # characters, about what is said in 20 hours: another file, or a quote that never ends
 MOST_BYTES = 1 << 30  # of a manifest, about ten million lines; it is read as a whole
 MOST_ERRORS = 50
+SHOWN_CLASSES, SHOWN_LABEL = 12, 60  # in a message: how many, and characters
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Manifest:
     record: dict[str, Any] | None = None  # of an importer: what becomes import.json beside the tars
 
 
-def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0)) -> Manifest:
+def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0), classes: Sequence[str] = ()) -> Manifest:
     """Read and check a manifest.
 
     Columns: key, label, split (train, valid, test), and at least one of audio (wav, flac, ogg, mp3, a film, or .npy
@@ -71,10 +72,12 @@ def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0)) ->
     Args:
         path: CSV with a header, or one JSON object per line (.jsonl, .ndjson); UTF-8.
         label_range: smallest and largest label allowed.
+        classes: names, where labels are classes: a label is then one of them, or its place in this list from 0.
 
     Raises:
         UserErrors: all problems found, at most MOST_ERRORS of them written out.
     """
+    check_classes(classes)
     check_label_range(label_range)
     text = read_text(path)
     jsonl = path.suffix.lower() in (".jsonl", ".ndjson", ".json")
@@ -87,7 +90,7 @@ def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0)) ->
 
     rows = []
     for line, row in cells:
-        found = _check_row(f"{path}:{line}", row, columns, path.parent, label_range)
+        found = _check_row(f"{path}:{line}", row, columns, path.parent, label_range, classes)
         errors.extend(found[1])
         if found[0] is not None:
             rows.append(found[0])
@@ -95,6 +98,13 @@ def read_manifest(path: Path, label_range: tuple[float, float] = (-3.0, 3.0)) ->
     if errors:
         raise UserErrors(capped(errors, str(path)))
     return Manifest(rows, long_texts(rows))
+
+
+def check_classes(classes: Sequence[str]) -> None:
+    """Raise UserErrors unless there are none, or they can be told apart and shown."""
+    errors = [UserError("--classes", *told) for told in class_problems(classes)] if classes else []
+    if errors:
+        raise UserErrors(errors)
 
 
 def check_label_range(label_range: tuple[float, float]) -> None:
@@ -221,7 +231,12 @@ def _duplicates(path: Path, cells: list[tuple[int, dict[str, Any]]]) -> list[Use
 
 
 def _check_row(
-    where: str, cells: dict[str, Any], columns: set[str], folder: Path, label_range: tuple[float, float]
+    where: str,
+    cells: dict[str, Any],
+    columns: set[str],
+    folder: Path,
+    label_range: tuple[float, float],
+    classes: Sequence[str],
 ) -> tuple[Row | None, list[UserError]]:
     """The row, or None, and what is wrong with it."""
     values = {name: _cell(cells.get(name)) for name in (*REQUIRED, *MODALITIES)}
@@ -239,7 +254,7 @@ def _check_row(
         problems += check_key(key)
     label = math.nan
     if "label" in columns:
-        label, found = check_label(cells.get("label"), label_range)
+        label, found = check_label(cells.get("label"), label_range, classes)
         problems += found
     split = values["split"] or ""
     if "split" in columns and split not in get_args(Split):
@@ -293,18 +308,44 @@ def check_key(key: str) -> list[tuple[str, str]]:
     )
 
 
-def check_label(value: Any, label_range: tuple[float, float]) -> tuple[float, list[tuple[str, str]]]:
-    """The label (NaN where it is none), and what is wrong with it."""
+def check_label(
+    value: Any, label_range: tuple[float, float], classes: Sequence[str] = ()
+) -> tuple[float, list[tuple[str, str]]]:
+    """The label (NaN where it is none), and what is wrong with it. A class is told by its name, or by its place."""
+    if classes:
+        return check_class(value, classes)
     remedy = f"Write a number from {label_range[0]:g} to {label_range[1]:g} (or change --label-range)"
     try:
         label = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
-        return math.nan, [(f"label {value!r} is not a number", remedy)]
+        label = math.nan
     if math.isnan(label):
-        return label, [(f"label {value!r} is not a number", remedy)]
+        return label, [(f"label {shown(value)} is not a number", remedy)]
     if not label_range[0] <= label <= label_range[1]:
         return label, [(f"label {label:g} is outside {label_range[0]:g} … {label_range[1]:g}", remedy)]
     return label, []
+
+
+def check_class(value: Any, classes: Sequence[str]) -> tuple[float, list[tuple[str, str]]]:
+    """The place of a class (NaN where it is none), and what is wrong with it."""
+    name = value.strip() if isinstance(value, str) else value
+    if isinstance(name, str) and name in classes:
+        return float(classes.index(name)), []
+    try:
+        place = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        place = math.nan
+    if place in range(len(classes)):
+        return place, []
+    known = ", ".join(classes[:SHOWN_CLASSES]) + (", …" if len(classes) > SHOWN_CLASSES else "")
+    remedy = f"Write one of {known}, or its place from 0 to {len(classes) - 1} (or change --classes)"
+    return math.nan, [(f"label {shown(value)} is no class", remedy)]
+
+
+def shown(value: Any) -> str:
+    """A wrong label in a message."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_LABEL else f"{text[:SHOWN_LABEL]}…"
 
 
 def _check_file(name: str, path: Path) -> list[tuple[str, str]]:

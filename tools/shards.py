@@ -39,7 +39,7 @@ from sharding.shards import (
 from sharding.signals import interrupt_blocked
 from sharding.table import LENGTHS, columns_path, read_columns, table_of
 from tools.imports.frames import FrameEncoder, with_frames
-from tools.manifest import Manifest, Row, capped, check_label_range, read_manifest
+from tools.manifest import Manifest, Row, capped, check_classes, check_label_range, read_manifest
 from tools.progress import progress_bar
 from tools.samples import Prepared, find_dims, prepare
 
@@ -63,6 +63,7 @@ class Making:
         on_bad_sample: "stop" names every bad sample and keeps nothing; "set_aside" leaves them out and lists them in
             dataset.json.
         label_range: smallest and largest label allowed.
+        classes: names, where labels are classes; then `label_range` plays no part.
         fill_non_finite: write 0 where features are NaN or infinite, which makes a bad sample otherwise.
     """
 
@@ -71,6 +72,7 @@ class Making:
     on_bad_sample: str
     label_range: tuple[float, float]
     fill_non_finite: bool = False
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in {"workers": self.workers, "samples per shard": self.samples_per_shard}.items():
@@ -78,7 +80,13 @@ class Making:
                 raise UserError(name, f"{value} is too few", "Use at least 1")
         if self.on_bad_sample not in ("stop", "set_aside"):
             raise UserError("on-bad-sample", f"{self.on_bad_sample!r} is unknown", "Use stop or set_aside")
-        check_label_range(self.label_range)
+        check_classes(self.classes)
+        check_label_range(self.labels_within)
+
+    @property
+    def labels_within(self) -> tuple[float, float]:
+        """Smallest and largest number that a label is stored as."""
+        return (0.0, len(self.classes) - 1.0) if self.classes else self.label_range
 
 
 def make(manifest: Path, out: Path, making: Making, *, encoder: FrameEncoder | None = None) -> None:
@@ -93,7 +101,7 @@ def make(manifest: Path, out: Path, making: Making, *, encoder: FrameEncoder | N
     Raises:
         UserError, UserErrors: bad manifest, samples or disk; then `out` does not exist.
     """
-    table = read_manifest(manifest, making.label_range)
+    table = read_manifest(manifest, making.label_range, making.classes)
     write(with_frames(table, encoder), out, making, str(manifest))
 
 
@@ -118,9 +126,14 @@ def write(table: Manifest, out: Path, making: Making, where: str) -> None:
     done: dict[str, list[str]] = {name: [] for name in _DONE}
     failed: dict[str, UserError] = {}
     rows = sorted(table.rows, key=lambda row: row.key)
-    layout = {"label_range": making.label_range, "samples_per_shard": making.samples_per_shard}
     with (
-        write_dataset(out, dims=dims, **layout) as writer,  # type: ignore[arg-type]
+        write_dataset(
+            out,
+            dims=dims,
+            label_range=making.labels_within,
+            samples_per_shard=making.samples_per_shard,
+            classes=list(making.classes) or None,
+        ) as writer,
         progress_bar() as progress,
         closing(_prepare_all(rows, dims, making)) as results,
     ):
@@ -162,13 +175,17 @@ def inspect(directory: Path, *, as_json: bool) -> None:
     plot = Column("distribution", no_wrap=True)
     lengths = Table("split", "length", "clips", *(f"{q:.0%}" for q in QUANTILES), plot, title="Lengths")
     labels = Table("split", "min", "median", "mean", "max", plot.copy(), title="Labels")
+    if info.classes is not None:
+        labels = Table("split", *info.classes, title="Clips of each class")
     for split, part in summary["splits"].items():
         for name, found in part["lengths"].items():
             numbers = [f"{value:.4g}" for value in found["quantiles"].values()]
             lengths.add_row(split, name.replace("_", " "), str(found["clips"]), *numbers, bars(found["counts"]))
         found = part["labels"]
         numbers = [f"{found[name]:.3f}" for name in ("min", "median", "mean", "max")]
-        labels.add_row(split, *numbers, bars(found["counts"]))
+        labels.add_row(
+            split, *([*numbers, bars(found["counts"])] if info.classes is None else map(str, found["counts"]))
+        )
     console.print(lengths, labels)
     if info.features is not None:
         print(f"features made with {', '.join(f'{key} {_short(value)}' for key, value in flat(info.features).items())}")

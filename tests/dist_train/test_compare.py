@@ -41,7 +41,7 @@ def test_seeds_are_one_setting_and_differences_are_paired(tmp_path: Path) -> Non
     assert first.seeds == [2, 1, 0] and first.floor == 1.25 and first.flows["complete"].difference is None
     for place, flow in enumerate(("complete", "missing")):
         maes = [errors[:, place].mean() for errors in good]
-        assert first.flows[flow].mae == pytest.approx(np.mean(maes), abs=1e-5)
+        assert first.flows[flow].mean == pytest.approx(np.mean(maes), abs=1e-5)
         assert first.flows[flow].deviation == pytest.approx(np.std(maes, ddof=1), abs=1e-5)
         differences = np.mean(bad, 0)[:, place] - np.mean(good, 0)[:, place]
         score = second.flows[flow]

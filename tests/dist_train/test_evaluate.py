@@ -21,6 +21,7 @@ from dist_train.rank import check_size
 from dist_train.recipe import Recipe
 from dist_train.run_directory import RunDirectory
 from dist_train.run_state import check_bases
+from dist_train.task import TaskSettings
 from sharding.checkpoint import fingerprints
 from sharding.errors import UserError, UserErrors
 from sharding.shard_writer import pack_sample, write_dataset
@@ -263,7 +264,7 @@ def test_predictions_that_are_not_finite_name_their_clips(
 def test_scores_against_numpy() -> None:
     found = random_predictions()
     train = np.random.default_rng().uniform(-3, 3, 31)
-    scores = score(found, train)
+    scores = score(found, train, TaskSettings())
     label = found.label.astype(float)
     for flow in ("complete", "missing"):
         predicted = getattr(found, flow).astype(float)
@@ -323,18 +324,18 @@ def test_transcription_is_nats_per_token_of_all_clips(shards: Path, tokenizer: P
     collate = build_collator(made, tokenizer, model)
     whole = model(collate([{**split[index], "real": True} for index in range(len(split))])).asr
     assert whole is not None and (whole[:, 1] == 0).any()  # some clips lack audio or transcript
-    scores = score(run(made, tokenizer), np.zeros(3))
+    scores = score(run(made, tokenizer), np.zeros(3), TaskSettings())
     assert scores["transcription"]["tokens"] == int(whole[:, 1].sum())
     expected = float(whole[:, 0].sum() / whole[:, 1].sum())
     assert scores["transcription"]["nats_per_token"] == pytest.approx(expected, rel=1e-4)
-    assert judged(scores, "transcription") == scores["transcription"]["nats_per_token"]
+    assert judged(scores, "transcription", TaskSettings()) == scores["transcription"]["nats_per_token"]
 
 
 def test_what_selects() -> None:
     scores: dict[str, dict[str, Any]] = {"complete": {"mae": 1.0}, "missing": {"mae": 2.0}}
-    assert [judged(scores, flow) for flow in ("mean", "complete", "missing")] == [1.5, 1.0, 2.0]
+    assert [judged(scores, flow, TaskSettings()) for flow in ("mean", "complete", "missing")] == [1.5, 1.0, 2.0]
     with pytest.raises(UserError, match="no clip with audio and transcript"):
-        judged(scores, "transcription")
+        judged(scores, "transcription", TaskSettings())
 
 
 def test_transcription_cannot_select_without_clips_that_are_spoken_and_written(tmp_path: Path) -> None:

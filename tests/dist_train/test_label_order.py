@@ -24,17 +24,20 @@ def test_ranks_equal_scipys(values: list[int]) -> None:
     np.testing.assert_allclose(average_ranks(np.array(values)), rankdata(values) - 1)
 
 
-def test_the_correlation_is_over_pairs_of_different_clips() -> None:
+@pytest.mark.parametrize("nominal", [False, True])
+def test_the_correlation_is_over_pairs_of_different_clips(nominal: bool) -> None:
     rng = np.random.default_rng()
     n = int(rng.integers(4, 12))
     label = rng.integers(-3, 4, n) / 3 + np.eye(n)[0]
     flows = {name: rng.normal(size=(n, 5)) for name in ("complete", "missing")}
-    found = by_label(flows["complete"], flows["missing"], label)
+    found = by_label(flows["complete"], flows["missing"], label, nominal=nominal)
     assert found is not None
     pairs = list(permutations(range(n), 2))
     for kind, (a, b) in {"complete": ("complete",) * 2, "missing": ("missing",) * 2, "between": tuple(flows)}.items():
         far = [np.linalg.norm(flows[a][i] - flows[b][j]) for i, j in pairs]
-        expected = spearmanr(far, [abs(label[i] - label[j]) for i, j in pairs]).statistic
+        expected = spearmanr(
+            far, [label[i] != label[j] if nominal else abs(label[i] - label[j]) for i, j in pairs]
+        ).statistic
         assert getattr(found, kind) == pytest.approx(expected)
     own = np.mean([np.linalg.norm(flows["complete"][i] - flows["missing"][i]) for i in range(n)])
     assert found.gap == pytest.approx(own / np.mean(far))
@@ -43,10 +46,13 @@ def test_the_correlation_is_over_pairs_of_different_clips() -> None:
 def test_ends_of_the_scale() -> None:
     label = np.random.default_rng().normal(size=9)
     line = label[:, None] * np.ones(3)
-    found = by_label(line, line, label)
+    found = by_label(line, line, label, nominal=False)
     assert found is not None and found[:3] == pytest.approx((1, 1, 1)) and found.gap == 0
-    assert by_label(line, line, np.ones(9)) is None and by_label(line[:2], line[:2], label[:2]) is None
-    assert by_label(np.ones((9, 3)), line, label) is None
+    assert (
+        by_label(line, line, np.ones(9), nominal=False) is None
+        and by_label(line[:2], line[:2], label[:2], nominal=False) is None
+    )
+    assert by_label(np.ones((9, 3)), line, label, nominal=False) is None
     assert np.isnan(spearman(np.ones(4), np.arange(4)))
 
 
@@ -71,7 +77,7 @@ def test_settings_side_by_side_on_one_scale(tmp_path: Path) -> None:
     assert [row.setting.name for row in rows] == ["good", "bad"]
     assert found.settings[2].label_order == [] and "1 further settings are not drawn" in page.read_text()
     for one, tensors in zip(found.settings[0].label_order, first, strict=True):
-        expected = by_label(tensors["complete"], tensors["missing"], label[:20].astype(np.float32))
+        expected = by_label(tensors["complete"], tensors["missing"], label[:20].astype(np.float32), nominal=False)
         assert expected is not None and tuple(one) == pytest.approx(tuple(expected), abs=1e-5)
     good, bad = (row.setting.label_order[0] for row in rows)
     assert good.between > bad.between

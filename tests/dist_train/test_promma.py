@@ -20,6 +20,7 @@ from dist_train.missing import Streams
 from dist_train.packed import TextStates
 from dist_train.promma import Attention, ProMMA
 from dist_train.recipe import validate
+from dist_train.task import TaskSettings
 from sharding.errors import UserErrors
 from tests import tiny
 
@@ -145,7 +146,10 @@ def test_clips_that_are_not_worth_it_are_never_decoded(tmp_path: Path, tokenizer
         wanted, imagined = predictions.imagined.sum(0).astype(int)
         assert wanted == predictions.present[:, 0].sum() and sum(asked) == imagined
         found[threshold] = predictions
-        assert score(predictions, np.zeros(3))["imagination"] == {"wanted": wanted, "imagined": imagined}
+        assert score(predictions, np.zeros(3), TaskSettings())["imagination"] == {
+            "wanted": wanted,
+            "imagined": imagined,
+        }
         if threshold == 0:  # set the evaluator so that about half of the clips are worth it
             logits = torch.cat([model.streams(collate([{**split[i], "real": True}])).notes["worth"] for i in range(9)])
             with torch.no_grad():

@@ -19,8 +19,8 @@ import pytest
 import soundfile
 
 from dist_train import clip_media, figures
+from dist_train.clip_choice import apart_and_wrong, choose
 from dist_train.report import write_report
-from dist_train.report_clips import choose
 from dist_train.run_record import read_run
 from sharding.shard_writer import pack_sample, write_dataset
 from sharding.shards import Dims
@@ -125,7 +125,8 @@ def test_the_rules_choose_what_they_say(rng: np.random.Generator, draw: int) -> 
     label = rng.integers(-3, 4, n).astype(float)
     flows = {flow: rng.integers(-6, 7, n) / 2 for flow in ("complete", "missing")}  # many ties
     keys = [f"k{number:03d}" for number in rng.permutation(n)]
-    chosen = choose(label, flows, keys)
+    predicted = np.stack(list(flows.values()))
+    chosen = choose(label, predicted, keys)
     rules = [rule for _, rule in chosen]
     assert rules == ["apart"] * 3 + ["wrong"] * 3 + ["typical"] * 2
     errors = [[abs(flows[flow][row] - label[row]) for flow in flows] for row in range(n)]
@@ -141,9 +142,22 @@ def test_the_rules_choose_what_they_say(rng: np.random.Generator, draw: int) -> 
         assert keys[row] == min(keys[other] for other in left if worth[rule][other] == best)
         left.remove(row)
     order = rng.permutation(n)
-    again = choose(label[order], {flow: values[order] for flow, values in flows.items()}, [keys[row] for row in order])
+    again = choose(label[order], predicted[:, order], [keys[row] for row in order])
     assert [keys[row] for row, _ in chosen] == [keys[order[row]] for row, _ in again]
-    assert len(choose(label[:3], {flow: values[:3] for flow, values in flows.items()}, keys[:3])) == 3
+    assert len(choose(label[:3], predicted[:, :3], keys[:3])) == 3
+
+
+def test_classes_are_apart_and_wrong_by_their_probabilities(rng: np.random.Generator) -> None:
+    chances = rng.dirichlet(np.ones(4), (2, 9))  # [flow, clip, class]
+    label = rng.integers(0, 4, 9)
+    apart, wrong = apart_and_wrong(label, chances)
+    for row in range(9):
+        pairs = zip(chances[0, row], chances[1, row], strict=True)
+        assert apart[row] == pytest.approx(sum(abs(a - b) for a, b in pairs) / 2)
+        for flow in (0, 1):
+            assert wrong[flow, row] == pytest.approx(
+                sum(chances[flow, row, other] for other in range(4) if other != label[row])
+            )
 
 
 def flip(root: Path) -> None:

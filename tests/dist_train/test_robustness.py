@@ -114,13 +114,15 @@ def test_curves_end_in_the_patterns() -> None:
         lacking = "+".join(name for name in MODALITIES if name != modality)
         for point, pattern in ((curve[0], "audio+text+vision"), (curve[-1], lacking)):
             expected = valence_metrics(found.predicted[pattern], found.label)
-            assert point.mae == pytest.approx(expected["mae"]) and point.mae_std == pytest.approx(0, abs=1e-9)
+            assert point.value("mae") == pytest.approx(expected["mae"]) and point.value("mae_std") == pytest.approx(
+                0, abs=1e-9
+            )
         # half way: between the ends, as each clip counts in one of the two ways
-        ends = sorted((curve[0].mae, curve[-1].mae))
-        assert ends[0] - 0.2 < curve[5].mae < ends[1] + 0.2, number
-        assert curve[5].mae_std > 0
+        ends = sorted((curve[0].value("mae"), curve[-1].value("mae")))
+        assert ends[0] - 0.2 < curve[5].value("mae") < ends[1] + 0.2, number
+        assert curve[5].value("mae_std") > 0
     one = np.mean([valence_metrics(found.predicted[name], found.label)["mae"] for name in list(PATTERNS)[1:4]])
-    assert result.missing_rate["random"][-1].mae == pytest.approx(one, abs=0.3)
+    assert result.missing_rate["random"][-1].value("mae") == pytest.approx(one, abs=0.3)
 
 
 def test_the_report_shows_it_and_survives_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

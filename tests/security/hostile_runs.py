@@ -60,6 +60,18 @@ def representations(shape: tuple[int, int]) -> Callable[[Path], None]:
     return lambda path: save_file({**tensors, "label": np.zeros(shape[0], np.float32)}, path)
 
 
+def attention(layers: int, targets: list[int], frames: int = 2) -> Callable[[Path], None]:
+    """Weights of a clip that is shown, each row of which sums to 1."""
+
+    def write(path: Path) -> None:
+        (path.parent / "predictions_test.csv").write_text(CLIP)
+        weights = np.full((layers, len(targets), frames), 1 / frames, np.float16)
+        tensors = {"targets": np.array(targets), "frame_seconds": np.array([0.02]), f"clip/{SCRIPT}": weights}
+        save_file(tensors, path)
+
+    return write
+
+
 def terabyte(path: Path) -> None:
     path.touch()
     os.truncate(path, 1 << 40)
@@ -70,12 +82,15 @@ LINK = r"run/{}: is a link that leads out of the run directory\. Put"
 LEFT_OUT = r"{} is damaged and was left out"
 
 LONG = "representations_test.safetensors"
+ATTENDS = "attention_test.safetensors"
 SHOWN = ("selected_on", "seed", "selected_flow", "best_step")
 LOUD: dict[str, Any] = {**dict.fromkeys(SHOWN, SCRIPT), "notes": [SCRIPT], "test": {"complete": {"mae": 1}}}
 MEASURED = {"step": 1, "peak_bytes": 9, "foretold_peak_bytes": 9, "foretold_peak_parts": {TEX: 9}}
 EVAL = {"kind": "eval", "step": 1, "split": '" onload="x', "complete": {"mae": 1}, "missing": {"mae": 1}}
 SLOW = {"speed": {"phase_seconds": {TEX: 9}}}
 CLIP = f'key,label,complete,missing,imagined\n"{SCRIPT}",1,2,3,"{SCRIPT}{TEX}"\n'
+NAMED = [f"{flow}:{name}" for flow in ("complete", "missing") for name in (SCRIPT, "b")]
+CLASSES = f"key,label,complete,missing,{','.join(NAMED)}\na,1,0,1,0.5,0.5,0.25,0.75\n"
 TERMS = {f"loss/{i}": 1.0 for i in range(10_000)}
 
 
@@ -115,6 +130,14 @@ CASES = [
     Case("representations whose distances fill the memory", run(LONG, representations((50_000, 1))),
          page=(f"{LONG}: 50000 clips",)),
     Case("representations that lie", run(LONG, "\xff" * 100), page=(f"{LONG} cannot be read",)),
+    Case("attention of ten thousand tokens, a panel each", run(ATTENDS, attention(1, [1] * 10_000)),
+         page=(f"{ATTENDS} cannot be read",)),
+    Case("attention of a million layers", run(ATTENDS, attention(10**6, [1])), page=(f"{ATTENDS} cannot be read",)),
+    Case("attention to a modality that is none", run(ATTENDS, attention(1, [-1])), page=(f"{ATTENDS} cannot be read",)),
+    Case("attention over a million frames", run(ATTENDS, attention(4, [1], 10**6)), page=("Not drawn: 0%",)),
+    Case("attention of a clip called as a script", run(ATTENDS, attention(2, [1])),
+         page=("&lt;script&gt;", "Not drawn")),
+    Case("classes called as scripts", run("predictions_test.csv", CLASSES), page=("&lt;script&gt;",)),
     Case("predictions of NUL", run("predictions_test.csv", "label,complete,missing\n\0,\0,\0\n"),
          page=("rows are unusable|cannot be read",)),
     Case("script in names of clips and in what was imagined", run("predictions_test.csv", CLIP),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -54,7 +55,7 @@ def import_corpus(
     if not source.exists():
         raise UserError(str(source), "is missing", "Correct the path")
     source = source.absolute()
-    found = Found(kind, source, making.label_range, options)
+    found = Found(kind, source, making.label_range, options, making.classes)
     films = encoder is not None
     errors: list[UserError] = []
     with collected(errors):
@@ -84,8 +85,13 @@ def check_kind(kind: str) -> None:
         raise UserError("--from", f"{kind!r} is not known", remedy)
 
 
-def read_labels(text: str | None) -> dict[str, float] | None:
-    """Numbers of classes: "positive=1,neutral=0".
+def read_classes(text: str | None) -> tuple[str, ...]:
+    """Names of classes, in the order of their numbers: "angry,happy,neutral,sad"."""
+    return () if text is None else tuple(name.strip() for name in text.split(","))
+
+
+def read_labels(text: str | None, classes: Sequence[str] = ()) -> dict[str, float] | None:
+    """Numbers of classes: "positive=1,neutral=0"; with names of classes also those: "exc=happy,hap=happy".
 
     Raises:
         UserError: it is not of that form.
@@ -95,9 +101,10 @@ def read_labels(text: str | None) -> dict[str, float] | None:
     labels = {}
     for name, number in _pairs(text, "--labels", "positive=1,neutral=0,negative=-1").items():
         try:
-            labels[name] = float(number)
+            labels[name] = float(classes.index(number) if number in classes else number)
         except ValueError:
-            raise UserError("--labels", f"{number!r} is not a number", "Write CLASS=NUMBER,CLASS=NUMBER") from None
+            remedy = f"Write CLASS=NUMBER,CLASS=NUMBER{', or CLASS=NAME with a name of --classes' if classes else ''}"
+            raise UserError("--labels", f"{number!r} is not a number", remedy) from None
     return labels
 
 

@@ -154,7 +154,7 @@ class _Part:
         self.text = self._column("text", options.text, (), [])
         self.vision = self._column("vision", options.vision, (), [])
         self.transcript = self._column("transcript", options.transcript, TRANSCRIPTS, words)
-        numbers += words if options.labels is not None else []
+        numbers += words if options.labels is not None or self.found.classes else []
         self.label = self._column("label", options.label, LABELS, numbers)
         if self.label is None:
             raise UserError(
@@ -181,7 +181,7 @@ class _Part:
             self.found.remark(f"{self.name or 'dataset'}: columns left out: {', '.join(given)}")
         kind = self.types[self.label]
         names = getattr(kind, "names", None)
-        if self.found.options.labels is None and names:
+        if self.found.options.labels is None and not self.found.classes and names:
             refuse_classes(names, f"{self._where()}, column {self.label}")
         rows = self.part.select_columns(self.plain)
         for i in tracked(range(len(rows)), f"{self.name or 'dataset'} rows"):

@@ -42,12 +42,14 @@ class Found:
         source: path of the corpus.
         label_range: smallest and largest label allowed.
         options: what the user said.
+        classes: names, where labels are classes.
     """
 
     kind: str
     source: Path
     label_range: tuple[float, float]
     options: Options
+    classes: tuple[str, ...] = ()
     rows: list[Row] = field(default_factory=list)
     problems: list[tuple[str, UserError]] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -75,7 +77,7 @@ class Found:
 
         Args:
             name: of the clip in the source. What a shard cannot name becomes "_", and the name goes into KEY.json.
-            label: a number, or a class that `options.labels` gives a number.
+            label: a number, one of `classes`, or a class that `options.labels` gives a number.
             split: ours.
             came_from: the source's name of the split.
             text: transcript.
@@ -89,7 +91,7 @@ class Found:
             twice = f"stands twice in {self.source.name}" if first == name else f"gets the key of {first!r}"
             problems.append((twice, "Name each clip once"))
         self._names.setdefault(key, name)
-        value, wrong = check_label(self._number(label), self.label_range)
+        value, wrong = check_label(self._number(label), self.label_range, self.classes)
         problems += wrong
         text = (text or "").strip() or None
         if text and not encodes(text):

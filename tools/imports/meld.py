@@ -47,7 +47,7 @@ def read(found: Found, films: bool) -> None:
         told = ", ".join(str(path) for path, split in tables.items() if split in twice)
         raise UserError(str(source), f"holds several tables of a split ({told})", "Move all but one of each away")
     rows = [(path, row) for path in tables for row in read_table(path, (*COLUMNS, column))]
-    if found.options.labels is None:
+    if found.options.labels is None and not found.classes:
         refuse_classes([row[column] for _, row in rows], f"{source}, column {column}")
     files = _files(found)
     if not files:

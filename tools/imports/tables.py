@@ -66,6 +66,7 @@ def refuse_classes(values: list[Any], where: str) -> None:
     told = ",".join(f"{name}={number}" for name, number in example.items())
     raise UserError(
         where,
-        f"holds classes ({', '.join(classes[:20])}), and a model of this trainer predicts a number",
-        f"Say which number each class is, e.g. --labels {told}; nothing is assumed",
+        f"holds classes ({', '.join(classes[:20])}), which have no numbers",
+        f"Name them, e.g. --classes {','.join(classes[:20])} for task: classification, or say which number each is for "
+        f"regression, e.g. --labels {told}; nothing is assumed",
     )
