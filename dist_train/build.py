@@ -113,6 +113,16 @@ def open_split(recipe: Recipe, name: str) -> ShardedSplit:
     return split
 
 
+def open_splits(recipe: Recipe) -> dict[str, ShardedSplit]:
+    """All splits that a training reads, opened before it begins: a test split is wanted only at its end.
+
+    Raises:
+        UserError, UserErrors: see `open_split`; there must be "train" and "valid".
+    """
+    splits = {name: open_split(recipe, name) for name in ("train", "valid")}
+    return splits | ({"test": open_split(recipe, "test")} if "test" in splits["train"].info.splits else {})
+
+
 def training_plan(
     recipe: Recipe, sources: tuple[Source, ...], world: int, epoch: int, costs: tuple[Cost, ...] = ()
 ) -> EpochPlan:

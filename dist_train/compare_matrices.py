@@ -33,12 +33,16 @@ class Shown(NamedTuple):
 def shown(comparison: Comparison) -> list[Shown]:
     """Settings whose matrices can stand side by side: of the same clips as the first, which has some."""
     rows: list[Shown] = []
+    first: list[tuple[str, float]] = []  # keys and labels: places of classes alone say little
     for setting in comparison.settings[:MOST]:
         for run in setting.runs:
             record = read_run(Path(run))
-            found = record.representations
-            fits = found is not None and found.split == comparison.split and setting.label_order
-            if found is not None and fits and (not rows or np.array_equal(found.label, rows[0].found.label)):
+            found, said = record.representations, record.predictions
+            if found is None or said is None or not found.split == said.split == comparison.split:
+                continue
+            clips = list(zip(said.keys, found.label.tolist(), strict=False))
+            first = first or clips
+            if setting.label_order and clips == first:
                 classes = record.task.classes if are_places(found.label.tolist(), record.task.classes) else []
                 rows.append(Shown(setting, run, found, classes))
                 break

@@ -58,6 +58,7 @@ class Predictions:
     """
 
     keys: list[str]
+    rows: list[int]  # of the split: where clips were set aside, not all
     label: np.ndarray
     complete: np.ndarray
     missing: np.ndarray
@@ -155,6 +156,7 @@ def predict(
         kept[flow] = kept[flow].reshape(-1, REPRESENTATION_WIDTH)
     return Predictions(
         keys=[split.keys[row.index] for row in rows],
+        rows=[row.index for row in rows],
         label=np.array([row.label for row in rows], dtype=np.float32),
         complete=np.array([row.complete for row in rows], dtype=np.float32),
         missing=np.array([row.missing for row in rows], dtype=np.float32),
@@ -355,8 +357,8 @@ def evaluate_checkpoint(
     if dist.get_rank() == 0:
         write_predictions(run.path, name, predictions, recipe.task.classes)
         assert isinstance(model, DoubleFlow)
-        keys = [predictions.keys[row] for row in chosen_rows(predictions)]
-        write_attention(run.path / f"attention_{name}.safetensors", model, split, collate, keys)
+        shown = [predictions.rows[row] for row in chosen_rows(predictions)]
+        write_attention(run.path / f"attention_{name}.safetensors", model, split, collate, shown)
     return {**scores, "set_aside": predictions.set_aside, "clips": len(predictions.keys)}
 
 

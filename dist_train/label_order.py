@@ -10,9 +10,10 @@ from dist_train.figures import distances
 
 
 class LabelOrder(NamedTuple):
-    """Spearman correlation of distance and label difference over pairs of different clips: 1 where nearer labels are
-    nearer clips, 0 where there is no order. Within either flow, and from the complete to the missing one. Classes
-    differ or do not, by no amount.
+    """Over pairs of different clips: 1 where nearer labels are nearer clips, 0 where there is no order. Spearman
+    correlation of distance and label difference; of classes, which differ or do not, the rank-biserial correlation of
+    distance and difference (2 AUC - 1), since ties would keep Spearman's below 1. Within either flow, and from the
+    complete to the missing one.
 
     gap: mean distance of a clip's two flows, by that of different clips' (0: the flows agree).
     """
@@ -31,11 +32,11 @@ def by_label(complete: np.ndarray, missing: np.ndarray, label: np.ndarray, *, no
     """
     if len(label) < 3 or np.ptp(label) == 0:
         return None
-    apart = (label[:, None] != label[None]).astype(float) if nominal else np.abs(label[:, None] - label[None])
     different = ~np.eye(len(label), dtype=bool)
+    apart = np.abs(label[:, None] - label[None])[different]
     between = distances(complete, missing)
     one, two, across = (
-        spearman(matrix[different], apart[different])
+        rank_biserial(matrix[different], apart > 0) if nominal else spearman(matrix[different], apart)
         for matrix in (distances(complete, complete), distances(missing, missing), between)
     )
     other = between[different].mean()
@@ -48,6 +49,14 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     a, b = (ranks - ranks.mean() for ranks in (average_ranks(a), average_ranks(b)))
     size = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / size if size > 0 else np.nan
+
+
+def rank_biserial(values: np.ndarray, far: np.ndarray) -> float:
+    """By how much of all pairs values [n] are larger where `far` [n] is true than where not (Glass, 1966: 2 AUC - 1);
+    NaN where it is the same everywhere.
+    """
+    ranks = average_ranks(values)
+    return float(2 * (ranks[far].mean() - ranks[~far].mean()) / len(ranks)) if 0 < far.sum() < len(far) else np.nan
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:

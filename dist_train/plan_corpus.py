@@ -15,6 +15,7 @@ from dist_train.build import fit_to_dataset, open_split, training_plan
 from dist_train.costs import audio_seconds, clip_costs, tokens
 from dist_train.plan_model import Clip
 from dist_train.recipe import Recipe, Widths
+from sharding.errors import UserError
 from sharding.shards import Columns
 from sharding.shuffle import Source
 from sharding.table import Table
@@ -82,12 +83,15 @@ def corpus_of(recipe: Recipe) -> tuple[Recipe, Corpus]:
     """The recipe with its dataset's widths, and its training clips; without the dataset, those of CMU-MOSEI.
 
     Raises:
-        UserError: the dataset is there and does not fit the recipe.
+        UserError: the dataset is there and does not fit the recipe, or is not there and alone could name the classes.
     """
     roots = [recipe.data.path] if recipe.data.sources is None else [source.path for source in recipe.data.sources]
     if any((Path(root) / "dataset.json").is_file() for root in roots if root is not None):
         split = open_split(recipe, "train")
         return fit_to_dataset(recipe), Corpus(split.columns, recipe.data.name, split.sources)
+    if recipe.task.classifies and not recipe.task.classes:
+        problem = f"is missing, and {recipe.data.name}, which could name them, is not there"
+        raise UserError("task.classes", problem, "Write task.classes: [first, second, …], or make the shards first.")
     recipe = recipe.model_copy(update={"widths": Widths(**MOSEI_WIDTHS)})
     source = (
         f"CMU-MOSEI as published ({recipe.data.name} is not there): {MOSEI_CLIPS} clips, log-normal lengths of "

@@ -24,8 +24,9 @@ class Evaluator(nn.Module):
     """Whether imagining the text of a clip is worth it, from what the clip has: a logit.
 
     Each modality is projected, averaged over its real steps, and the vectors go through two layers. Trained on
-    pseudo-labels: whether the squared error of the missing flow, as it is now, is smaller with the imagined text than
-    without. At inference a clip below the threshold is not given to the language model at all.
+    pseudo-labels: whether the error of the missing flow, as it is now, is smaller with the imagined text than without
+    (squared error, or cross-entropy of classes). At inference a clip below the threshold is not given to the language
+    model at all.
 
     Args:
         widths: features per step of the modalities that are there.

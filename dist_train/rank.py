@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from rich.console import Console
 
-from dist_train.build import fit_to_dataset, open_split, prepare_tokenizer
+from dist_train.build import fit_to_dataset, open_splits, prepare_tokenizer
 from dist_train.evaluate import evaluate_checkpoint, find_checkpoint
 from dist_train.notes import column
 from dist_train.recipe import Recipe, load_recipe, write_recipe
@@ -167,13 +167,13 @@ def prepare(recipe_path: Path, overrides: Sequence[str], run: RunDirectory, *, f
 
 
 def check_size(recipe: Recipe) -> None:
-    """Refuses data that cannot feed every rank, or without a validation split.
+    """Refuses data that cannot feed every rank, without a validation split, or with labels that no task has.
 
     Raises:
-        UserError: see `check_world_size` and `open_split`.
+        UserError, UserErrors: see `check_world_size` and `open_splits`.
     """
-    clips = len(open_split(recipe, "train"))
-    valid = open_split(recipe, "valid")
+    splits = open_splits(recipe)
+    clips, valid = len(splits["train"]), splits["valid"]
     if recipe.training.select_on == "transcription":
         spoken = zip(column(recipe, valid, "audio"), column(recipe, valid, "text"), strict=True)
         if not any(audio is not None and text is not None for audio, text in spoken):

@@ -85,7 +85,7 @@ def loss_conflicts(recipe: Recipe) -> Iterable[UserError]:
     of, instead = ("mse", "ce") if recipe.task.classifies else ("ce", "mse")
     for flow in FLOWS:
         name = f"{of}_{flow}"
-        if getattr(recipe.loss, name) not in (0, LossSettings.model_fields[name].default):
+        if getattr(recipe.loss, name) != LossSettings.model_fields[name].default:  # as a resolved recipe writes it
             yield UserError(
                 f"loss.{name}",
                 f"has no meaning in {recipe.task.kind}",

@@ -17,6 +17,7 @@ from sharding.files import MOST_YAML, read_bounded
 from sharding.plain_yaml import MOST_DEPTH, check_yaml
 
 MOST_REFERENCES = 16  # ${…}: each may copy what others have copied, so that 80 in a row fill any memory
+SHORT = ("task", "imagination", "refine")  # sections of which one word is the kind: `refine: vgmr`
 EXAMPLE = "Give the path of a recipe such as recipes/quickstart.yaml."
 # A recipe refers to its own keys alone: it may come from anywhere, and what it resolves to is printed and kept.
 for resolver in ("oc.create", "oc.decode", "oc.deprecated", "oc.dict.keys", "oc.dict.values", "oc.env", "oc.select"):
@@ -32,7 +33,7 @@ def read_values(path: Path, overrides: Iterable[str] = ()) -> tuple[Any, list[Us
     Raises:
         UserError: the file cannot be read as YAML.
     """
-    config, errors = read(path), []
+    config, errors = written_out(read(path)), []
     for text in overrides:
         key, equals, value = text.partition("=")
         try:
@@ -41,7 +42,7 @@ def read_values(path: Path, overrides: Iterable[str] = ()) -> tuple[Any, list[Us
             if len(re.split(r"[.\[]", key)) > MOST_DEPTH:
                 raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
             check(value)
-            config = OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
+            config = written_out(OmegaConf.merge(config, OmegaConf.from_dotlist([text])))
         except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, LookupError) as error:
             remedy = "Write key=value, e.g. training.epochs=3; the value is YAML."
             errors.append(UserError(text, f"cannot be applied ({one_line(error)})", remedy))
@@ -49,6 +50,14 @@ def read_values(path: Path, overrides: Iterable[str] = ()) -> tuple[Any, list[Us
         return OmegaConf.to_container(config, resolve=True), errors
     except OmegaConfBaseException as error:
         return None, [*errors, UserError(str(path), one_line(error).rstrip("."), r"Write \${…} for a literal ${…}.")]
+
+
+def written_out(config: Any) -> Any:
+    """With `refine: vgmr` as `refine: {kind: vgmr}`: an override of another key of the section then leaves the kind."""
+    for key in SHORT:
+        if not OmegaConf.is_interpolation(config, key) and isinstance(config.get(key), str):
+            config[key] = {"kind": config[key]}
+    return config
 
 
 def read(path: Path, example: str = EXAMPLE) -> Any:

@@ -21,13 +21,6 @@ LONGEST_TEXT = 800  # characters shown
 RULES = {"apart": "flows apart", "wrong": "large error", "typical": "typical error"}
 
 
-class Chosen(NamedTuple):
-    """A row of the predictions, and the rule that chose it."""
-
-    row: int
-    rule: str
-
-
 class Told(NamedTuple):
     """Predictions of a clip as a page tells them, by its row.
 

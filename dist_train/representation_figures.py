@@ -215,7 +215,11 @@ def plots(run: Run) -> Iterator[Plot]:
     classes = run.task.classes if are_places(found.label.tolist(), run.task.classes) else []
     matrix = distances(found.complete, found.missing)
     own, other = np.diag(matrix).mean(), matrix[~np.eye(len(matrix), dtype=bool)].mean() if len(matrix) > 1 else None
-    about_labels = "whether labels differ" if classes else "label difference"
+    about_labels = (
+        "Rank-biserial correlation of distance and whether labels differ"
+        if classes
+        else "Spearman correlation of distance and label difference"
+    )
     order = by_label(found.complete, found.missing, found.label, nominal=bool(classes))
     caption = (
         f"L2 distance between final representations {about}, ordered by label. The "
@@ -223,8 +227,7 @@ def plots(run: Run) -> Iterator[Plot]:
         + (
             ""
             if order is None
-            else f"Spearman correlation of distance and {about_labels}: complete × complete {order.complete:.2f}, "
-            f"complete × missing {order.between:.2f}. "
+            else f"{about_labels}: complete × complete {order.complete:.2f}, complete × missing {order.between:.2f}. "
         )
         + f"Mean distance of a clip's two flows: {own:.3g}"
         + ("." if other is None else f"; of different clips: {other:.3g}.")

@@ -30,6 +30,8 @@ from sharding.shards import class_problems
 MARKS = ("recipe.yaml", "metrics.jsonl", "summary.json")
 MOST_RECORD = 1 << 24  # bytes of a summary or of representations; a run writes some kB of them
 MOST_LAYERS = 1000  # of attention; a row each in a figure
+WILDEST = 1e15
+MOST_COMPARED = 1 << 26  # numbers for distances of all pairs; 0.5 GB
 MOST_CLIPS = 1000  # whose distances to each other are drawn; a run keeps 96
 LEAVE_OUT = "Left out"
 SPLITS = ("test", "valid")  # what is shown of a run, best first
@@ -237,6 +239,11 @@ def are_places(values: Sequence[float], classes: Sequence[str]) -> bool:
     return all(value in range(len(classes)) for value in values)
 
 
+def can_be_drawn(values: np.ndarray) -> np.ndarray:
+    """Whether each is a number of a size whose square a float32 holds, as t-SNE needs."""
+    return np.abs(values, dtype=np.float64) < WILDEST
+
+
 def _read_representations(run: Run, split: str) -> Representations | None:
     path = run.path / f"representations_{split}.safetensors"
     if not path.is_file():
@@ -247,15 +254,17 @@ def _read_representations(run: Run, split: str) -> Representations | None:
     except (OSError, UserError, SafetensorError, KeyError, TypeError, ValueError) as error:
         run.problems.append(f"{path.name} cannot be read: {error}.")
         return None
-    if complete.ndim != 2 or complete.shape != missing.shape or label.shape != complete.shape[:1] or not label.size:
-        run.problems.append(
-            f"{path.name}: shapes {complete.shape}, {missing.shape}, {label.shape} do not fit together."
-        )
+    problem = ""
+    if complete.ndim != 2 or complete.shape != missing.shape or label.shape != complete.shape[:1] or not complete.size:
+        problem = f"shapes {complete.shape}, {missing.shape}, {label.shape} do not fit together"
+    elif len(label) > MOST_CLIPS:
+        problem = f"{len(label)} clips are too many to draw and left out"
+    elif len(label) * complete.size > MOST_COMPARED:
+        problem = f"{complete.shape[1]} values a clip are too many to compare and left out"
+    if problem:
+        run.problems.append(f"{path.name}: {problem}.")
         return None
-    if len(label) > MOST_CLIPS:
-        run.problems.append(f"{path.name}: {len(label)} clips are too many to draw and left out.")
-        return None
-    good = np.isfinite(complete).all(1) & np.isfinite(missing).all(1) & np.isfinite(label)
+    good = can_be_drawn(complete).all(1) & can_be_drawn(missing).all(1) & can_be_drawn(label)
     if not good.all():
         run.problems.append(f"{path.name}: {int((~good).sum())} of {len(good)} clips are not finite and left out.")
     if not good.any():
@@ -263,7 +272,7 @@ def _read_representations(run: Run, split: str) -> Representations | None:
     refined = {flow: tensors[f"refine_{flow}"] for flow in FLOWS if f"refine_{flow}" in tensors}
     shapes = {values.shape for values in refined.values()}
     fits = len(shapes) == 1 and shapes <= {(len(label), len(MODALITIES), k) for k in (1, 2, 3)}
-    if refined and not (fits and all(np.isfinite(values[good]).all() for values in refined.values())):
+    if refined and not (fits and all(can_be_drawn(values[good]).all() for values in refined.values())):
         run.problems.append(f"{path.name}: what VGMR says of the clips is damaged and left out.")
         refined = {}
     values = {flow: values[good] for flow, values in refined.items()}
@@ -275,7 +284,9 @@ def _read_representations(run: Run, split: str) -> Representations | None:
             or stand_in.ndim != 3
             or stand_in.shape[:2] != (len(label), 3)
             or lacks.shape != label.shape
-            or not np.isfinite(stand_in).all()
+            or not stand_in.size
+            or len(label) * stand_in.size > 3 * MOST_COMPARED
+            or not can_be_drawn(stand_in).all()
             or not np.isin(lacks, (-1, 0, 1, 2)).all()
         ):
             run.problems.append(f"{path.name}: what is imagined of the clips is damaged and left out.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -94,16 +93,17 @@ def watched(attention: Any, count: int, tell: Callable[[Tensor], None]) -> Itera
             hook.remove()
 
 
-def write_attention(path: Path, model: DoubleFlow, split: ShardedSplit, collate: Collator, keys: Sequence[str]) -> None:
-    """Safetensors of some clips: `clip/KEY` [layers, K, 1 + T] fp16, the weight on all tokens together, then that on
-    each frame; `targets` [K], numbers of the modalities; `frame_seconds` [1], 0 where audio comes as features. Clips
-    without audio are left out. Nothing is written of a model that has no tokens in its audio. One rank calls this.
+def write_attention(path: Path, model: DoubleFlow, split: ShardedSplit, collate: Collator, rows: Sequence[int]) -> None:
+    """Safetensors of some rows of the split: `clip/KEY` [layers, K, 1 + T] fp16, the weight on all tokens together,
+    then that on each frame; `targets` [K], numbers of the modalities; `frame_seconds` [1], 0 where audio comes as
+    features. Clips without audio are left out. Nothing is written of a model that has no tokens in its audio. One rank
+    calls this.
     """
     targets = heard_targets(model)
     if not targets:
         return
     assert model.fusion.cmpt is not None
-    rows = [model.fusion.cmpt.targets.index(target) for target in targets]
+    heard = [model.fusion.cmpt.targets.index(target) for target in targets]
     tokens = len(model.fusion.cmpt.targets)
     seconds = 0.0
     if isinstance(model.audio, AudioEncoder):
@@ -112,12 +112,12 @@ def write_attention(path: Path, model: DoubleFlow, split: ShardedSplit, collate:
         "targets": np.array(targets, np.uint8),
         "frame_seconds": np.array([seconds], np.float32),
     }
-    for key in keys:
-        sample = split[bisect_left(split.keys, key)]
+    for row in rows:
+        sample = split[row]
         if sample["audio"] is None:
             continue
         batch: Any = collate([{**sample, "real": True}])
-        weights = token_attention(model, to_device(batch, device()))[:, rows]
+        weights = token_attention(model, to_device(batch, device()))[:, heard]
         together = torch.cat([weights[..., :tokens].sum(-1, keepdim=True), weights[..., tokens:]], -1)
-        tensors[CLIP + key] = together.cpu().numpy().astype(np.float16)
+        tensors[CLIP + split.keys[row]] = together.cpu().numpy().astype(np.float16)
     save_file(tensors, path)

@@ -167,11 +167,11 @@ def class_problems(names: Sequence[str]) -> Iterator[tuple[str, str]]:
         yield f"names the class {twice[0]!r} twice", "Write each name once"
     for name in names:
         plain = all(unicodedata.category(c)[0] != "C" and unicodedata.category(c) not in ("Zl", "Zp") for c in name)
-        if not plain or not 0 < len(name) <= LONGEST_CLASS or name != name.strip() or set(name) & set(",=:$"):
+        if not plain or not 0 < len(name) <= LONGEST_CLASS or name != name.strip() or set(name) & set(",=:$[]"):
             problem = f"names a class {name[:LONGEST_CLASS]!r}"
             yield (
                 problem,
-                f"Write 1 to {LONGEST_CLASS} printable characters without , = : $ and outer white space",
+                f"Write 1 to {LONGEST_CLASS} printable characters without , = : $ [ ] and outer white space",
             )
         elif _is_number(name):
             yield f"names a class {name!r}, which is a number", "Give it a name that is none"

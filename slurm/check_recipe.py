@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dist_train.build import fit_to_dataset, open_split
+from dist_train.build import fit_to_dataset, open_splits
 from dist_train.plan import Planner, plan_as_is
 from dist_train.plan_corpus import corpus_of, load_of
 from dist_train.recipe import Recipe, load_recipe
@@ -31,8 +31,7 @@ def check_fit(recipe: Recipe, settings: LaunchSettings) -> Recipe:
         UserError, UserErrors: data and ranks do not fit.
     """
     recipe = fit_to_dataset(recipe)
-    clips = len(open_split(recipe, "train"))
-    open_split(recipe, "valid")
+    clips = len(open_splits(recipe)["train"])
     most = settings.node_counts[1] * settings.ranks
     check_world_size(recipe.data.path, clips, most, batch=recipe.data.batch, accumulation=recipe.training.accumulation)
     return recipe

@@ -12,16 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.features import differences
+from sharding.dataset_file import finish_dataset, write_synced
 from sharding.errors import UserError, UserErrors
-from sharding.shard_writer import (
-    PackedSample,
-    finish_dataset,
-    refuse_existing,
-    tar_name,
-    write_error,
-    write_shard,
-    write_synced,
-)
+from sharding.shard_writer import PackedSample, refuse_existing, tar_name, write_error, write_shard
 from sharding.shards import DatasetInfo, Dims, SetAside, ShardIndex, Split, load_info
 
 IDENTITY = "features.json"

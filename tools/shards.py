@@ -176,22 +176,28 @@ def inspect(directory: Path, *, as_json: bool) -> None:
     lengths = Table("split", "length", "clips", *(f"{q:.0%}" for q in QUANTILES), plot, title="Lengths")
     labels = Table("split", "min", "median", "mean", "max", plot.copy(), title="Labels")
     if info.classes is not None:
-        labels = Table("split", *info.classes, title="Clips of each class")
+        labels = Table("class", *dataset.indexes, title="Clips of each class")
+        counts = [
+            Counter(label for one in indexes for label in one.columns.label) for indexes in dataset.indexes.values()
+        ]
+        for place, name in enumerate(info.classes):
+            labels.add_row(name, *(str(found[place]) for found in counts))
     for split, part in summary["splits"].items():
         for name, found in part["lengths"].items():
             numbers = [f"{value:.4g}" for value in found["quantiles"].values()]
             lengths.add_row(split, name.replace("_", " "), str(found["clips"]), *numbers, bars(found["counts"]))
         found = part["labels"]
-        numbers = [f"{found[name]:.3f}" for name in ("min", "median", "mean", "max")]
-        labels.add_row(
-            split, *([*numbers, bars(found["counts"])] if info.classes is None else map(str, found["counts"]))
-        )
+        if info.classes is None:
+            numbers = [f"{found[name]:.3f}" for name in ("min", "median", "mean", "max")]
+            labels.add_row(split, *numbers, bars(found["counts"]))
     console.print(lengths, labels)
     if info.features is not None:
         print(f"features made with {', '.join(f'{key} {_short(value)}' for key, value in flat(info.features).items())}")
     examples = Table("split", "key", "label", "audio", "text", "vision", title="First samples")
     for sample in summary["samples"]:
-        examples.add_row(*(_short(value) for value in sample.values()))
+        known = dict(enumerate(info.classes or ()))
+        told = {**sample, "label": known.get(sample["label"], sample["label"])}
+        examples.add_row(*(_short(value) for value in told.values()))
     console.print(examples)
     for note in summary["notes"]:
         print(note)
@@ -221,6 +227,7 @@ def verify(directory: Path) -> None:
                     indexes.setdefault(split, []).append(index)
                     errors += _verify_tar(directory, index, info.dims)
                     columns = index.columns
+                    errors += _no_classes(directory, index, info)
                     triples += [(split, *pair) for pair in zip(columns.key, columns.sha256, strict=True)]
                 except UserError as error:
                     errors.append(error)
@@ -236,6 +243,16 @@ def verify(directory: Path) -> None:
     if errors:
         raise UserErrors(errors)
     print(f"{directory}: {len(triples)} samples, every checksum is right")
+
+
+def _no_classes(directory: Path, index: ShardIndex, info: DatasetInfo) -> list[UserError]:
+    """Clips whose label is no class, where labels are classes."""
+    columns, places = index.columns, range(len(info.classes or ()))
+    return [
+        UserError(f"{directory / index.tar}, {key}", f"has the label {label:g}, which is no class", REMAKE)
+        for key, label in zip(columns.key, columns.label, strict=True)
+        if info.classes is not None and label not in places
+    ]
 
 
 def bars(counts: list[int]) -> str:

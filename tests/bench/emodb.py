@@ -92,7 +92,14 @@ def regression(parts: dict[str, list[Path]]) -> np.ndarray:
 def trained(run: Path, shards: Path, seed: int, overrides: list[str]) -> dict[str, int]:
     """Class by key of the test clips, of a run that is trained unless it is there."""
     if not (run / "summary.json").is_file():
-        command = [*DIST_TRAIN, "train", "recipes/emodb_audio.yaml", f"data.path={shards}", f"seed={seed}", *overrides]
+        command = [
+            *DIST_TRAIN,
+            "train",
+            "recipes/emodb_classes.yaml",
+            f"data.path={shards}",
+            f"seed={seed}",
+            *overrides,
+        ]
         subprocess.run([*command, "--output", str(run), "--ranks", "1"], check=True, stdout=subprocess.DEVNULL)
     with (run / "predictions_test.csv").open(newline="", encoding="utf-8") as file:
         return {row["key"]: int(row["missing"]) for row in csv.DictReader(file)}

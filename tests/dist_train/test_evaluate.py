@@ -62,6 +62,7 @@ def random_predictions(n: int = 40) -> Predictions:
     shown = {name: rng.normal(size=(3, 128)).astype(np.float32) for name in ("complete", "missing")}
     return Predictions(
         keys=[f'k,{i} "é' for i in range(n)],
+        rows=list(range(n)),
         label=label,
         complete=complete,
         missing=missing,

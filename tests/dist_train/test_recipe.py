@@ -210,6 +210,22 @@ def test_overrides(path: Path) -> None:
     assert unchanged.data.batch == made.data.batch and unchanged.seed == 3
 
 
+@pytest.mark.parametrize("words", [["refine=vgmr", "refine.alpha=0.25"], ["refine={kind: vgmr, alpha: 0.25}"]])
+def test_a_kind_in_one_word_outlives_other_overrides(words: list[str], path: Path) -> None:
+    made = load_recipe(path, [*words, "imagination=promma", "imagination.levels=1"])
+    assert (made.refine.kind, made.refine.alpha) == ("vgmr", 0.25)
+    assert (made.imagination.kind, made.imagination.levels) == ("promma", 1)
+    task = load_recipe(path, ["task=classification", "task.classes=[low,high]", "task.thresholds=[0]"]).task
+    assert task.classifies and task.classes == ["low", "high"]
+
+
+@pytest.mark.parametrize("flow", ["complete", "missing"])
+def test_weights_of_the_other_task_are_refused(flow: str, path: Path) -> None:
+    classes = ["task=classification", "task.classes=[low,high]"]
+    assert f"loss.mse_{flow}" in errors_of(path, *classes, f"loss.mse_{flow}=0")
+    assert f"loss.ce_{flow}" in errors_of(path, f"loss.ce_{flow}=1")
+
+
 @pytest.mark.parametrize(
     "override", ["seed", "", "=3", ".seed=3", "training..epochs=3", "seed=[", "seed={a", "seed=a: b: c"]
 )

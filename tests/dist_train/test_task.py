@@ -19,8 +19,10 @@ from dist_train.metrics import class_floors, class_metrics
 from dist_train.recipe import write_recipe
 from dist_train.task import TaskSettings, confusion
 from sharding.errors import UserError, UserErrors
+from sharding.shard_writer import pack_sample, write_dataset
+from sharding.shards import Dims, Split
 from tests import tiny
-from tests.end_to_end.commands import run
+from tests.end_to_end.commands import only_error, run
 
 THREE = {"kind": "classification", "classes": ["negative", "neutral", "positive"], "thresholds": [-1.0, 1.0]}
 
@@ -99,6 +101,24 @@ def test_labels_that_are_no_class_are_named() -> None:
     with pytest.raises(UserError, match=r"task\.classes"):
         task.fitted(["b", "a"], "corpus")
     assert TaskSettings.model_validate(THREE).targets(np.array([-3, -1, 0, 1.5])).tolist() == [0, 1, 1, 2]
+
+
+def test_labels_of_the_test_split_are_looked_at_before_training(tmp_path: Path) -> None:
+    with write_dataset(
+        tmp_path / "shards",
+        dims=Dims(audio="waveform", text=None, vision=tiny.VISION_WIDTH),
+        label_range=(-3.0, 3.0),
+        samples_per_shard=9,
+    ) as writer:
+        splits: tuple[Split, ...] = ("train", "train", "train", "train", "valid", "test")
+        for i, split in enumerate(splits):
+            clip = {**tiny.clip(np.random.default_rng(i)), "label": 2.0 if split == "test" else float(i % 2)}
+            writer.add(split, pack_sample(f"clip{i}", split=split, **clip))
+    task = {"kind": "classification", "classes": ["low", "high"]}
+    write_recipe(tiny.recipe(tmp_path / "shards", task=task, data={"batch": 2}), tmp_path / "recipe.yaml")
+    done = run("train", tmp_path / "recipe.yaml", "--output", tmp_path / "run", "--ranks", "1")
+    assert "split test, clip clip5: has the label 2, which is no class" in only_error(done.returncode, done.stderr)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -133,27 +134,31 @@ def test_weights_over_audio_features(tokenizer: PreTrainedTokenizerBase) -> None
 
 
 @pytest.mark.usefixtures("world_of_one")
-@pytest.mark.parametrize("system", ["cmpt", "mia", "audio"])
+@pytest.mark.parametrize("system", ["cmpt", "mia", "audio", "mix"])
 def test_evaluation_keeps_it_for_the_clips_that_are_shown(
     system: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes: dict[str, Any] = {"cmpt": CMPT, "mia": {}, "audio": {**CMPT, "missing": "audio"}}[system]
+    changes = {"mia": {}, "audio": {**CMPT, "missing": "audio"}}.get(system, CMPT)
     shards = tiny.write_corpus(tmp_path / "shards", train=4, valid=2, test=14)
-    recipe = recipe_of(shards, changes)
+    data: dict[str, Any] = {"path": str(shards)}
+    if system == "mix":  # of names that sort otherwise than their keys: a-b/test000 comes before a/test000
+        other = tiny.write_corpus(tmp_path / "other", train=4, valid=2, test=14, seed=1)
+        data = {"path": None, "sources": [{"path": str(shards), "name": "a"}, {"path": str(other), "name": "a-b"}]}
+    recipe = recipe_of(shards, changes, {"data": data})
     model = build_model(recipe, tokenizer).eval()
     assert isinstance(model, DoubleFlow)
     collate = build_collator(recipe, tokenizer, model)
     monkeypatch.setattr("dist_train.evaluate.load_trained", lambda *_, **__: (model, collate))
     path = tmp_path / "run"
     path.mkdir()
-    (path / "recipe.yaml").write_text(f"data: {{path: {shards}}}\n")
+    (path / "recipe.yaml").write_text(json.dumps({"data": data}))
     (path / "summary.json").write_text("{}")
     (path / "metrics.jsonl").write_text("")
     evaluate_checkpoint(RunDirectory(path), recipe, path, "test", train_labels=np.zeros(3))
     run = read_run(path)
     assert not run.problems
     shown = cards(run)
-    if system != "cmpt":  # no token hears audio
+    if system in ("mia", "audio"):  # no token hears audio
         assert run.attention is None and not any(card["attention"] for card in shown["cards"])
         return
     assert run.attention is not None and run.attention.targets == ["text"]

@@ -54,10 +54,11 @@ def tree(depth: int) -> str:
     return '{"a": ' * depth + "1" + "}" * depth
 
 
-def representations(shape: tuple[int, int]) -> Callable[[Path], None]:
-    """Few bytes whose distances to each other are many."""
-    tensors = {name: np.zeros(shape, np.float32) for name in ("complete", "missing")}
-    return lambda path: save_file({**tensors, "label": np.zeros(shape[0], np.float32)}, path)
+def representations(shape: tuple[int, int], size: float = 0.0, **more: np.ndarray) -> Callable[[Path], None]:
+    """Few bytes whose distances to each other are many, or numbers up to `size`."""
+    values = np.linspace(-size, size, int(np.prod(shape))).reshape(shape).astype(np.float64 if size else np.float32)
+    tensors = {**dict.fromkeys(("complete", "missing"), values), **more}
+    return lambda path: save_file({**tensors, "label": np.linspace(0, 1, shape[0], dtype=np.float32)}, path)
 
 
 def attention(layers: int, targets: list[int], frames: int = 2) -> Callable[[Path], None]:
@@ -81,6 +82,7 @@ LAUGHS = "a: &a0 [x, x]\n" + "".join(f"b{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for
 LINK = r"run/{}: is a link that leads out of the run directory\. Put"
 LEFT_OUT = r"{} is damaged and was left out"
 
+WILD, TEXT = np.linspace(-1e300, 1e300, 300).reshape(20, 3, 5), np.ones(20, np.float32)
 LONG = "representations_test.safetensors"
 ATTENDS = "attention_test.safetensors"
 SHOWN = ("selected_on", "seed", "selected_flow", "best_step")
@@ -129,6 +131,16 @@ CASES = [
     Case("metrics of ten thousand terms", run("metrics.jsonl", {**STEP, **TERMS}), page=("Loss terms",)),
     Case("representations whose distances fill the memory", run(LONG, representations((50_000, 1))),
          page=(f"{LONG}: 50000 clips",)),
+    Case("representations as wide as the memory", run(LONG, representations((900, 2000))),
+         page=(f"{LONG}: 2000 values a clip",)),
+    Case("representations of no width", run(LONG, representations((9, 0))), page=(f"{LONG}: shapes",)),
+    Case("representations beyond what t-SNE can square", run(LONG, representations((20, 3), 1e300)),
+         page=(f"{LONG}: 20 of 20 clips are not finite",)),
+    Case("imagined vectors beyond what t-SNE can square",
+         run(LONG, representations((20, 3), 1, stand_in=WILD, lacks=TEXT)),
+         page=(f"{LONG}: what is imagined",)),
+    Case("imagined vectors of no width", run(LONG, representations((20, 3), 1, stand_in=WILD[..., :0], lacks=TEXT)),
+         page=(f"{LONG}: what is imagined",)),
     Case("representations that lie", run(LONG, "\xff" * 100), page=(f"{LONG} cannot be read",)),
     Case("attention of ten thousand tokens, a panel each", run(ATTENDS, attention(1, [1] * 10_000)),
          page=(f"{ATTENDS} cannot be read",)),

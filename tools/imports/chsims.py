@@ -58,7 +58,7 @@ def read(found: Found, films: bool) -> None:
         for file in left:
             found.leave_out(str(file.relative_to(source)), "media without a row in the table")
     labels = [row.label for row in found.rows]
-    if labels and max(map(abs, labels)) <= 1 < found.label_range[1]:
+    if labels and not found.classes and max(map(abs, labels)) <= 1 < found.label_range[1]:
         found.remark(f"Labels lie in [-1, 1], the range is {found.label_range}: --label-range -1 1 says what they are")
 
 

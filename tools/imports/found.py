@@ -130,12 +130,12 @@ class Found:
         self.remarks.append(text)
 
     def _number(self, label: Any) -> Any:
-        """A class by its number; anything else as it is."""
+        """A class by its number; anything else, and a name of one of `classes`, as it is."""
         numbers = self.options.labels
         label = label.item() if isinstance(label, np.generic) else label
         if not isinstance(label, str | int | float):
             return type(label).__name__  # not its text: a few bytes of a hostile file may stand for endless nesting
-        if numbers is None:
+        if numbers is None or (str(label) in self.classes and str(label) not in numbers):
             return label
         return numbers.get(str(label), f"{label} (not in --labels)")
 

@@ -157,6 +157,17 @@ def test_meld(importer, meld):
     assert "has no column 'Valence'" in importer.refused("meld", root, "--label", "Valence")[0]
 
 
+def test_meld_as_classes(importer, meld):
+    names = ("--classes", "neutral,negative,good", "--labels", "positive=good")
+    importer.good("meld", importer.source, *names)
+    found = importer.samples()
+    assert {key: one["label"] for key, one in found.items()} == {key: (2, 0, 1)[int(key[-1])] for key in meld}
+    importer.out = importer.folder / "more"
+    assert "'positive' is no class" in importer.refused("meld", importer.source, "--classes", "neutral,negative")[0]
+    assert "--labels" in importer.refused("meld", importer.source, *names[:2], "--labels", "positive=best")[0]
+    assert "twice" in importer.refused("meld", importer.source, "--classes", "neutral,neutral,good")[0]
+
+
 def test_ch_sims_with_pictures(importer, encoder):
     root, held = importer.folder / "SIMS", {}
     rows = []
