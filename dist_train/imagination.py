@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
+
+from dist_train.kinds import OfKind
 
 Skip = Literal["text", "transition"]
 
 
-class ImaginationSettings(BaseModel):
+class ImaginationSettings(OfKind):
     """How the missing flow makes up for what it lacks."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["mia", "cmpt", "promma"] = Field(
         default="mia",
@@ -50,12 +50,6 @@ class ImaginationSettings(BaseModel):
         description="With `promma`: at inference text is imagined for clips that are judged worth it with this "
         "probability or more. 0: for all.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def short(cls, value: Any) -> Any:
-        """`imagination: promma` is `imagination: {kind: promma}`."""
-        return {"kind": value} if isinstance(value, str) else value
 
     @property
     def mia(self) -> bool:

@@ -5,20 +5,19 @@ channel (arXiv 2606.02679).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
+from dist_train.kinds import OfKind
 from dist_train.missing import Streams
 from dist_train.packed import TextStates
 
 
-class RefineSettings(BaseModel):
+class RefineSettings(OfKind):
     """What stands in front of the fusion network."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Literal["none", "vgmr"] = Field(
         "none", description="`none`, or `vgmr`. `refine: vgmr` is short for refine.kind. Default: none."
@@ -31,12 +30,6 @@ class RefineSettings(BaseModel):
     channel_values: bool = Field(True, description="A value p per channel (ablation: false).")
     agreement: bool = Field(True, description="Modalities compare by products (ablation: false).")
     discrepancy: bool = Field(True, description="Modalities compare by differences (ablation: false).")
-
-    @model_validator(mode="before")
-    @classmethod
-    def short(cls, value: Any) -> Any:
-        """`refine: vgmr` is `refine: {kind: vgmr}`."""
-        return {"kind": value} if isinstance(value, str) else value
 
 
 class Values(NamedTuple):

@@ -7,8 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
+from dist_train.kinds import OfKind
 from sharding.errors import UserError, UserErrors
 from sharding.shards import class_problems
 
@@ -16,10 +17,8 @@ Kind = Literal["regression", "classification"]
 MOST_NAMED = 8  # clips in a message
 
 
-class TaskSettings(BaseModel):
+class TaskSettings(OfKind):
     """What is predicted."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     kind: Kind = Field(
         "regression",
@@ -35,12 +34,6 @@ class TaskSettings(BaseModel):
         description="Makes classes of labels that are numbers: rising bounds, one less than classes. A label is of the "
         "class after as many bounds as are at most as large. Default: labels are classes already.",
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def short(cls, value: Any) -> Any:
-        """`task: classification` is `task: {kind: classification}`."""
-        return {"kind": value} if isinstance(value, str) else value
 
     @property
     def classifies(self) -> bool:
