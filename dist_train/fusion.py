@@ -17,10 +17,10 @@ from torch.nn.functional import cross_entropy
 
 from dist_train.cmpt import CMPT, Available, Pooled
 from dist_train.imagination import MIA, ImaginationSettings
-from dist_train.missing import TEXT, Streams, keep_where, lacked
+from dist_train.missing import TEXT, Streams, absent, lacked
 from dist_train.names import MODALITIES
 from dist_train.promma import ProMMA
-from dist_train.refine import VGMR, RefineSettings
+from dist_train.refine import VGMR, Look, RefineSettings
 from dist_train.rollout import evaluating
 
 REPRESENTATION_WIDTH = 128
@@ -267,15 +267,20 @@ class FusionNetwork(nn.Module):
             available: wanted by CMPT.
         """
         notes: dict[str, Tensor] = {}
+        looks: tuple[Sequence[Look], Sequence[Look]] = ((), ())
+        if self.refine is not None:
+            whole_looks = self.refine.looks(complete)
+            looks = whole_looks, self.refine.looks(missing, complete, whole_looks)
         if labels is not None and self.training:
             if self.refine is not None:
-                for name, streams in (("complete", complete), ("missing", missing)):
-                    notes[f"worth/{name}"] = self.worth(streams, dropped, labels, missing=name == "missing")
+                notes["worth/complete"] = self.worth(complete, dropped, labels, looks[0], missing=False)
+                notes["worth/missing"] = self.worth(missing, dropped, labels, looks[1], missing=True)
             if self.promma is not None:
-                notes["gain"] = self.worth(missing, dropped, labels, missing=True, removed=[TEXT])[:, 0]
+                gain = self.worth(missing, dropped, labels, looks[1], missing=True, removed=[TEXT])
+                notes["gain"] = gain[:, 0]
         if self.refine is not None:
-            complete, values = self.refine(complete)
-            missing, left = self.refine(missing)
+            complete, values = self.refine(complete, looks[0])
+            missing, left = self.refine(missing, looks[1])
             for field in values._fields:
                 notes |= {f"{field}/complete": getattr(values, field), f"{field}/missing": getattr(left, field)}
         projected = self.project(complete)
@@ -302,6 +307,7 @@ class FusionNetwork(nn.Module):
         streams: Streams,
         dropped: Tensor,
         labels: Tensor,
+        looks: Sequence[Look],
         *,
         missing: bool,
         removed: Sequence[int] = range(len(MODALITIES)),
@@ -310,17 +316,16 @@ class FusionNetwork(nn.Module):
 
         A fusion pass for each, and one over everything: all without dropout, whose noise would drown the difference.
         The language model does not run again.
+
+        Args:
+            looks: of `refine` at the streams.
         """
         errors = []
         with evaluating(self):
             for gone in (None, *removed):
-                nobody = torch.zeros_like(dropped[:, 0])
-                left = (
-                    keep_where(stream, nobody) if number == gone else stream for number, stream in enumerate(streams)
-                )
-                refined = Streams(*left)
+                refined = Streams(*(absent(x) if number == gone else x for number, x in enumerate(streams)))
                 if self.refine is not None:
-                    refined, _ = self.refine(refined)
+                    refined, _ = self.refine(refined, self.refine.looks(refined, streams, looks))
                 imagined = dropped if missing else torch.zeros_like(dropped)
                 seen = self.look(self.project(refined), [stream.mask for stream in refined], imagined)
                 output = self.flow(seen, dropped, missing=missing)

@@ -91,6 +91,11 @@ def without(complete: Streams, simulated: TextStates, dropped: Tensor) -> Stream
     return Streams(keep_where(complete.audio, ~audio), imagined, keep_where(complete.vision, ~vision))
 
 
+def absent(stream: TextStates) -> TextStates:
+    """In the stream's place: one zero step of each clip."""
+    return TextStates(torch.zeros_like(stream.states[:, :1]), torch.ones_like(stream.mask[:, :1]))
+
+
 def keep_where(stream: TextStates, kept: Tensor) -> TextStates:
     """The stream, itself if all clips keep it."""
     return stream if kept.all() else present_or_zero(*stream, kept)

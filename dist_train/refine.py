@@ -44,6 +44,15 @@ class Values(NamedTuple):
     gate: Tensor
 
 
+class Look(NamedTuple):
+    """What a modality [n, T, D] says by itself, whatever the others are: its evidence s [n, d], and the part of its
+    gate's logits [n, T, D] that no value enters.
+    """
+
+    evidence: Tensor
+    logits: Tensor
+
+
 def two_layers(inputs: int, width: int, outputs: int | None = None) -> nn.Sequential:
     """Linear, GELU, Linear. With a ReLU all units of the evidence died in a training of ten epochs."""
     return nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, outputs or width))
@@ -79,13 +88,13 @@ class Refiner(nn.Module):
         self.norm = nn.LayerNorm(inputs)
         self.dropout = nn.Dropout(settings.dropout)
 
-    def look(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """X [B, T, D], mask [B, T] → H [B, T, d], s [B, d]."""
+    def look(self, x: Tensor, mask: Tensor) -> Look:
+        """Of X [B, T, D], mask [B, T]."""
         projected = self.project(x)
         real = mask[..., None]
         mean = (projected * real).sum(1) / real.sum(1)
         most = projected.masked_fill(~real, -torch.inf).amax(1)
-        return projected, self.evidence(torch.cat([mean, most], -1))
+        return Look(self.evidence(torch.cat([mean, most], -1)), self.gate_input(x) + self.gate_projected(projected))
 
     def judge(self, own: Tensor, others: Sequence[Tensor]) -> Tensor:
         """s of this and of the other modalities → z [B, d]."""
@@ -98,11 +107,10 @@ class Refiner(nn.Module):
         return self.join(torch.cat([own, self.relation(torch.cat(parts, -1))], -1))
 
     def forward(
-        self, x: Tensor, mask: Tensor, projected: Tensor, own: Tensor, others: Sequence[Tensor]
+        self, x: Tensor, mask: Tensor, own: Look, others: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Refined X [B, T, D], and of each clip: estimates [B, k], spread [B, 0 or 1], mean gate [B]."""
-        z = self.judge(own, others)
-        logits = self.gate_input(x) + self.gate_projected(projected)
+        z, logits = self.judge(own.evidence, others), own.logits
         estimates, spread = [], z[:, :0]
         if self.value is not None and self.gate_value is not None:
             g = torch.sigmoid(self.value(z))
@@ -132,15 +140,25 @@ class VGMR(nn.Module):
         super().__init__()
         self.refiners = nn.ModuleList(Refiner(width, len(widths) - 1, settings) for width in widths)
 
-    def forward(self, streams: Streams) -> tuple[Streams, Values]:
-        """Streams → refined streams of the same shapes, and what VGMR thinks of them."""
-        looks = [
-            refiner.look(*stream)  # type: ignore[operator]
-            for refiner, stream in zip(self.refiners, streams, strict=True)
+    def looks(self, streams: Streams, before: Streams | None = None, known: Sequence[Look] = ()) -> list[Look]:
+        """Of each stream. What is `known` of the streams `before` holds for those that are the same now: looking is
+        most of the work.
+        """
+        return [
+            known[number] if before is not None and stream is before[number] else refiner.look(*stream)  # type: ignore[operator]
+            for number, (refiner, stream) in enumerate(zip(self.refiners, streams, strict=True))
         ]
+
+    def forward(self, streams: Streams, looks: Sequence[Look] | None = None) -> tuple[Streams, Values]:
+        """Streams → refined streams of the same shapes, and what VGMR thinks of them.
+
+        Args:
+            looks: at these streams, if they are known.
+        """
+        looks = self.looks(streams) if looks is None else looks
         found = []
         for number, (refiner, stream) in enumerate(zip(self.refiners, streams, strict=True)):
-            others = [evidence for other, (_, evidence) in enumerate(looks) if other != number]
-            found.append(refiner(*stream, *looks[number], others))
+            others = [look.evidence for other, look in enumerate(looks) if other != number]
+            found.append(refiner(*stream, looks[number], others))
         refined = Streams(*(TextStates(x, stream.mask) for (x, *_), stream in zip(found, streams, strict=True)))
         return refined, Values(*(torch.stack(column, 1) for column in list(zip(*found, strict=True))[1:]))
