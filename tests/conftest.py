@@ -1,8 +1,13 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share the cores: said before torch counts them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 
