@@ -127,16 +127,19 @@ def _plots_robustness(run: Run) -> Iterator[Plot]:
     yield Plot(
         "patterns",
         "What is there",
-        f"{about} No clip has more than what is named. Where text is not, the model imagines it from the audio.",
+        f"{about} No clip has more than what is named. {said_of_text(run)}",
         partial(robustness_figures.patterns, found.patterns, floor, measure),
     )
-    whole = {"complete": "audio+text+vision", "missing": "audio+vision"}
-    clean = {flow: found.patterns[name].value(measure.main) for flow, name in whole.items()}
+    lacks = _get(run.recipe, "missing") or "text"
+    left = "+".join(name for name in MODALITIES if name != lacks)
+    clean = {"complete": found.patterns["+".join(MODALITIES)].value(measure.main), "missing": math.nan}
+    if lacks in MODALITIES:  # of `random` no pattern is the flow without noise
+        clean["missing"] = found.patterns[left].value(measure.main)
     yield Plot(
         "noise",
         "When a modality is noisy",
-        f"{about} Gaussian noise of each clip's own root mean square, in place of some steps, or on top of all. In the "
-        "missing flow, noise in text is noise in the imagined text.",
+        f"{about} Gaussian noise of each clip's own root mean square, in place of some steps, or on top of all."
+        + (" In the missing flow, noise in text is noise in the imagined text." if imagines_text(run) else ""),
         partial(robustness_figures.noise, found.noise, clean, floor, measure),
     )
     if found.values:
@@ -146,6 +149,20 @@ def _plots_robustness(run: Run) -> Iterator[Plot]:
             f"{about} Means over clips, complete flow: values in (0, 1), and the gate, which is 1 where it is neutral.",
             partial(robustness_figures.values, found.values, MODALITIES),
         )
+
+
+def imagines_text(run: Run) -> bool:
+    """Whether the missing flow reads text that a language model imagined."""
+    return _get(run.recipe, "simulation", "rollout") != "none"
+
+
+def said_of_text(run: Run) -> str:
+    """What stands in for text where a pattern has none."""
+    if imagines_text(run):
+        return "Where text is not, the model imagines it from the audio."
+    if _get(run.recipe, "imagination", "kind") == "cmpt":
+        return "What is not there, proxy tokens in the other modalities stand for."
+    return "Where text is not, no text is imagined."
 
 
 def _plots_plan(run: Run) -> Iterator[Plot]:

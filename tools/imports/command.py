@@ -74,7 +74,7 @@ def import_corpus(
                 datasets_folder.read(found)
     if errors:
         raise UserErrors(errors)
-    shards.write(with_frames(found.table(), encoder), out, making, str(source))
+    shards.write(with_frames(found.table(pictures=encoder is not None), encoder), out, making, str(source))
 
 
 def check_kind(kind: str) -> None:

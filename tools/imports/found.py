@@ -12,6 +12,7 @@ import numpy as np
 
 from sharding.errors import UserError
 from sharding.shards import LONGEST_KEY, Split
+from tools.imports.frames import film_of
 from tools.manifest import LONGEST_TEXT, Manifest, Row, check_key, check_label, encodes, long_texts
 from tools.sources import Features, Media
 
@@ -139,8 +140,11 @@ class Found:
             return label
         return numbers.get(str(label), f"{label} (not in --labels)")
 
-    def table(self) -> Manifest:
+    def table(self, *, pictures: bool) -> Manifest:
         """The rows with remarks, problems, and the record for import.json.
+
+        Args:
+            pictures: whether those of films become vision; a clip with a film then does not lack it.
 
         Raises:
             UserError: there is no clip.
@@ -152,7 +156,13 @@ class Found:
         ]
         told = [f"{one['clips']} {one['split']} from {one['from']}" for one in splits]
         remarks = [f"Clips found: {', '.join(told)}"]
-        for modality, keys in self.absent.items():
+        filmed = {row.key for row in self.rows if pictures and film_of(row) is not None}
+        absent = {
+            modality: left
+            for modality, keys in self.absent.items()
+            if (left := [key for key in keys if modality != "vision" or key not in filmed])
+        }
+        for modality, keys in absent.items():
             remarks.append(f"{len(keys)} clips have no {modality} in the source, e.g. {keys[0]}")
         for reason, count in Counter(one["reason"] for one in self.left_out).items():
             remarks.append(f"{count} left out: {reason}")
@@ -170,11 +180,11 @@ class Found:
             "splits": splits,
             "remarks": [*remarks, *self.remarks],
             "left_out": self.left_out,
-            "without": self.absent,
+            "without": absent,
             "renamed": self.renamed,
         }
         remarks += self.remarks
-        if self.left_out or self.absent:
+        if self.left_out or absent:
             remarks.append("All of them by name: import.json beside the shards")
         return Manifest(self.rows, long_texts(self.rows), remarks, self.problems, record)
 

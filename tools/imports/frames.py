@@ -81,7 +81,7 @@ def load_encoder(name: str | None, rate: float | None) -> FrameEncoder | None:
 
 def with_frames(table: Manifest, encoder: FrameEncoder | None) -> Manifest:
     """The table with pictures as vision where a row has a film and no vision; or a remark that they are not taken."""
-    films = sum(_film(row) is not None for row in table.rows)
+    films = sum(film_of(row) is not None for row in table.rows)
     if not films:
         return table
     need("av", "decoding films")  # before every film fails of it
@@ -90,13 +90,14 @@ def with_frames(table: Manifest, encoder: FrameEncoder | None) -> Manifest:
         return replace(table, remarks=[*table.remarks, remark])
     rows = []
     for row in table.rows:
-        film = _film(row)
+        film = film_of(row)
         rows.append(row if film is None else replace(row, vision=Frames(film, encoder)))
     remark = f"{films} clips: vision is {encoder.rate:g} frames per second, each a vector of {encoder.name}"
     return replace(table, rows=rows, remarks=[*table.remarks, remark])
 
 
-def _film(row: Row) -> Media | None:
+def film_of(row: Row) -> Media | None:
+    """The film whose pictures can be the row's vision; None where it has none, or has vision."""
     if row.vision is not None:
         return None
     if isinstance(row.audio, Path):

@@ -62,7 +62,9 @@ def refuse_classes(values: list[Any], where: str) -> None:
     classes = sorted({str(value) for value in values if not class_or_number(value)})
     if not classes:
         return
-    example = {"positive": 1, "neutral": 0, "negative": -1} if "positive" in classes else dict.fromkeys(classes[:2], 0)
+    example = {"positive": 1, "neutral": 0, "negative": -1}
+    if "positive" not in classes:
+        example = dict(zip(classes, (-1, 1), strict=False))
     told = ",".join(f"{name}={number}" for name, number in example.items())
     raise UserError(
         where,

@@ -192,6 +192,8 @@ def test_ch_sims_with_pictures(importer, encoder):
         assert one["label"] == label and one["vision"].shape == (2, 8) and len(one["audio"]) > 14000
         assert one["text"] == "我不想嫁给李茶" and one["json"]["label_A"] == "-0.4"
     assert "2 clips have no audio in the source" in summary and "2 frames per second" in summary
+    without = importer.record()["without"]  # the pictures of films are vision
+    assert "2 clips have no vision in the source" in summary and without["vision"] == without["audio"]
     importer.out = importer.folder / "wide"
     write_table(root / "label.csv", SIMS, rows[:4])
     assert "--label-range -1 1 says what they are" in importer.good("chsims", root)
