@@ -150,7 +150,7 @@ def shards_make(
 def shards_demo(
     out: Annotated[Path, OUT],
     clips: Annotated[int, typer.Option(min=20, help="Number of clips.")] = 2000,
-    mean_seconds: Annotated[float, typer.Option(min=1, help="Mean length of a clip in seconds.")] = 2.5,
+    mean_seconds: Annotated[float, typer.Option(min=2, help="Mean length of a clip in seconds.")] = 2.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the corpus.")] = 0,
     workers: Annotated[int, WORKERS] = os.cpu_count() or 1,
 ) -> None:

@@ -19,7 +19,7 @@ from sharding.npy import read_npy, read_shape
 from tools.imports.found import Found
 from tools.imports.numpy_pickle import load_archive
 from tools.imports.splits import match_splits, read_split_file
-from tools.imports.tables import read_table
+from tools.imports.tables import read_table, refuse_classes
 from tools.progress import tracked
 from tools.sources import Features
 
@@ -88,7 +88,11 @@ def read(found: Found) -> None:
     splits = {} if by_clip is not None else match_splits(corpora, found.options.splits, str(file))
     field = found.options.label or "val"
     seen: set[str] = set()
-    for corpus, name, held in tracked(list(_clips(corpora, file)), "clips"):
+    clips = list(_clips(corpora, file))
+    if found.options.labels is None and not found.classes:
+        told = [held.get(field) for _, _, held in clips if isinstance(held, dict)]
+        refuse_classes([value for value in told if isinstance(value, str)], f"{file}, field {field}")
+    for corpus, name, held in tracked(clips, "clips"):
         split = splits.get(corpus) if by_clip is None else by_clip.get(name)
         if split is None:
             found.leave_out(name, f"{corpus}_corpus is no split" if by_clip is None else f"not in {chosen}")

@@ -133,6 +133,15 @@ def test_names_that_are_not_there(importer, corpus):
     assert "holds 2 .npz files" in importer.refused("merbench", importer.root, *NAMES)[0]
 
 
+def test_emotions_without_numbers_are_listed(importer, corpus):
+    next(iter(importer.labels["val"].values()))["emo"] = "sad"
+    write(importer)
+    (error,) = importer.refused("merbench", importer.root, *NAMES, "--label", "emo")
+    assert (
+        "holds classes (happy, sad)" in error and "--classes happy,sad" in error and "--labels happy=-1,sad=1" in error
+    )
+
+
 def test_emotions_with_numbers_and_transcripts(importer, corpus):
     lines = [f'{clip},"„{clip}“, said"' for clip in corpus]
     (importer.root / "transcription.csv").write_text("\n".join(["name,english", *lines]))
