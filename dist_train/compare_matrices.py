@@ -33,14 +33,14 @@ class Shown(NamedTuple):
 def shown(comparison: Comparison) -> list[Shown]:
     """Settings whose matrices can stand side by side: of the same clips as the first, which has some."""
     rows: list[Shown] = []
-    first: list[tuple[str, float]] = []  # keys and labels: places of classes alone say little
+    first: tuple[list[str], list[float]] | None = None  # keys and labels: places of classes alone say little
     for setting in comparison.settings[:MOST]:
         for run in setting.runs:
             record = read_run(Path(run))
             found, said = record.representations, record.predictions
             if found is None or said is None or not found.split == said.split == comparison.split:
                 continue
-            clips = list(zip(said.keys, found.label.tolist(), strict=False))
+            clips = sorted(said.keys), found.label.tolist()
             first = first or clips
             if setting.label_order and clips == first:
                 classes = record.task.classes if are_places(found.label.tolist(), record.task.classes) else []

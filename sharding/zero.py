@@ -15,6 +15,8 @@ from sharding.collectives import device
 
 QUANTISED = ("Linear4bit", "Linear8bitLt")  # layers of bitsandbytes
 
+REUSE = 8  # of the parameters, the share within which one that comes again is kept whole
+
 
 class ZeroSettings(BaseModel):
     """ZeRO (arXiv 1910.02054): which state is sharded over ranks."""
@@ -66,10 +68,14 @@ def build_engine(
     from sharding.engine_state import adam, reset_moments  # noqa: PLC0415
 
     world = torch.distributed.get_world_size()
+    elements = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
     zero: dict[str, Any] = {
         "stage": settings.stage,
         "reduce_bucket_size": settings.bucket_elements,
         "stage3_param_persistence_threshold": settings.persistence_threshold,
+        # Whether a parameter comes again so soon that it stays is asked of every module that is left of a step, unless
+        # so many elements end the search: below DeepSpeed's 1e9 a small model's second step took a minute.
+        "stage3_max_reuse_distance": min(10**9, elements // REUSE),
         "contiguous_gradients": True,
     }
     if settings.offload_optimizer != "none":
