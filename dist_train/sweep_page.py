@@ -13,6 +13,7 @@ import jinja2
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dist_train.figures import FLOW_COLOURS, FLOW_NAMES, NEUTRAL, WIDTH, render
 from dist_train.names import FLOWS
@@ -20,6 +21,7 @@ from dist_train.task import MEASURES, Measure
 
 Row = dict[str, Any]  # of the table, by column
 MOST_SHOWN = 40  # settings in the figure, the best
+MOST_TICKS = 5  # numbers of several digits below half a figure
 LONGEST = 60  # characters of a label
 
 
@@ -146,6 +148,7 @@ def dots(settings: Sequence[tuple[dict[str, Any], list[Row]]], split: str, measu
             found = [(value, line) for line, value in enumerate(told) if value is not None]
             beside.plot(*zip(*found, strict=True), "D", color=FLOW_COLOURS[flow], fillstyle="none", markersize=5)
         beside.set_xlabel(f"{measure.title} as published")
+        beside.xaxis.set_major_locator(MaxNLocator(MOST_TICKS))
     for flow, shift in zip(FLOWS, (-0.14, 0.14), strict=True):
         for line, (_, points) in enumerate(settings):
             values = values_of(points, split, flow, measure)
@@ -162,6 +165,7 @@ def dots(settings: Sequence[tuple[dict[str, Any], list[Row]]], split: str, measu
     axes.set_yticks(range(len(settings)), [label(name or "all points") for name in names])
     axes.set_ylim(len(settings) - 0.4, -0.6)
     axes.set_xlabel(f"{measure.title}, {split} split")
+    axes.xaxis.set_major_locator(MaxNLocator(MOST_TICKS))
     figure.legend(loc="outside upper right", ncols=3)
     return figure
 

@@ -13,7 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
+from dist_train.kinds import OfKind
 from dist_train.recipe import Recipe, load_recipe, validate, write_recipe
+from dist_train.recipe_file import SHORT
 from sharding.errors import UserError, UserErrors
 from tests import tiny
 
@@ -208,6 +210,12 @@ def test_overrides(path: Path) -> None:
     assert made.text.config["num_hidden_layers"] == 5 and made.text.config["hidden_size"] == 16  # type: ignore[index]
     unchanged = load_recipe(path)
     assert unchanged.data.batch == made.data.batch and unchanged.seed == 3
+
+
+def test_every_section_with_a_kind_may_be_one_word() -> None:
+    kinds = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    found = {name for name, kind in kinds.items() if isinstance(kind, type) and issubclass(kind, OfKind)}
+    assert found == set(SHORT)
 
 
 @pytest.mark.parametrize("words", [["refine=vgmr", "refine.alpha=0.25"], ["refine={kind: vgmr, alpha: 0.25}"]])
