@@ -34,6 +34,7 @@ from sharding.launch import HUNG, report_errors
 
 VERDICT = "verdict"
 LOADING = 3, 120.0  # it has no phases and waits for disks: times the limit, and at least so many seconds
+EXCHANGES = "distributed_c10d.py", "exchange_time.py"  # the second: the wait for an exchange begun before
 GRACE = 5.0  # seconds in which all ranks hear the verdict and write their stacks
 
 
@@ -143,15 +144,17 @@ class Watchdog:
 
     def _run(self) -> None:
         before = time.monotonic()
-        unreachable = 0.0
+        unreachable = untold = 0.0
         turn: Future[bool] | None = None
         while not self._over.wait(self.interval):
             now = time.monotonic()
             passed, before = min(now - before, 3 * self.interval), now  # more: this process was suspended
             self.place.idle += passed
+            untold += passed
             over = False
             try:
-                turn = turn or self._talk.submit(self._turn, passed)
+                if turn is None:
+                    turn, untold = self._talk.submit(self._turn, untold), 0.0
                 over = turn.result(self.interval)
                 turn, unreachable = None, 0.0
             except (TimeoutError, RuntimeError) as error:  # rank 0, which holds the store, or the way to it is gone
@@ -159,7 +162,7 @@ class Watchdog:
                 unreachable += passed
                 if unreachable > self.place.limit(self.seconds):
                     over = True
-                    report_errors([self._silent([0])])
+                    report_errors([silent({0: unreachable}, None, self.logs)])
             if over and not self._over.is_set():
                 self._end()
 
@@ -175,16 +178,13 @@ class Watchdog:
         for rank, place in enumerate(places):
             turn, since = self._seen.get(rank, (place.turn, 0.0))
             self._seen[rank] = (place.turn, since + passed if place.turn == turn else 0.0)
-        silent = [rank for rank, (_, since) in self._seen.items() if since > places[rank].limit(self.seconds)]
-        found = None
-        if silent:
-            found = self._silent(silent, places)
-        elif self.rank == 0 and any(place.idle > place.limit(self.seconds) for place in places):
-            behind = holding_up(places)
-            silent = [rank for rank in behind if self._seen[rank][1] > self.seconds / 2]
-            found = self._silent(silent, places) if silent else standing(behind, places, self.logs)
+        silences = [self._seen[rank][1] for rank in ranks]
         if self.rank == 0:
+            found = judge(places, silences, self.seconds, self.logs)
             self._write(places)
+        else:
+            lost = silences[0] > places[0].limit(self.seconds)
+            found = silent({0: silences[0]}, places, self.logs) if lost else None
         if found is not None:
             self.store.set(VERDICT, str(found))
             report_errors([found])
@@ -196,7 +196,7 @@ class Watchdog:
         asked = self.place.idle > self.seconds / 3
         found = [self.modules.get(id(frame.f_locals.get("self"))) for frame in frames] if asked else []
         self.place.module = next(filter(None, found), None)
-        waits = self.place.waits or any(frame.f_code.co_filename.endswith("distributed_c10d.py") for frame in frames)
+        waits = self.place.waits or any(frame.f_code.co_filename.endswith(EXCHANGES) for frame in frames)
         self.place.turn += 1
         self.store.set(f"rank {self.rank}", json.dumps({**vars(self.place), "waits": waits}))
 
@@ -206,15 +206,6 @@ class Watchdog:
         with suppress(OSError):  # a full disk is told by who needs it
             temporary.write_text(json.dumps([vars(place) for place in places]))
             temporary.replace(self.logs / "heartbeat.json")
-
-    def _silent(self, ranks: list[int], places: list[Place] | None = None) -> UserError:
-        last = f", last {where(places[ranks[0]])} ({places[ranks[0]].process})" if places else ""
-        since = self._seen[ranks[0]][1] if places else self.seconds
-        return UserError(
-            name(ranks),
-            f"has not been heard of for {since:.0f} s{last}: it was stopped, died, or lost its network",
-            f"Look at that machine, and at {self.logs}/rank_*.stacks.txt; then run again with --resume.",
-        )
 
     def _end(self) -> None:
         """Writes the stacks of this rank and its data workers, and ends the process."""
@@ -227,6 +218,34 @@ class Watchdog:
         for child in multiprocessing.active_children():  # a stopped one would outlive this rank
             child.kill()
         os._exit(HUNG)
+
+
+def judge(places: list[Place], silences: list[float], seconds: float, logs: Path) -> UserError | None:
+    """What is to be told if ranks stand still, None if none does.
+
+    Args:
+        places: of all ranks.
+        silences: seconds since each was heard of.
+        seconds: the limit.
+    """
+    gone = {rank: since for rank, since in enumerate(silences) if since > places[rank].limit(seconds)}
+    if not gone and any(place.idle > place.limit(seconds) for place in places):
+        # A rank that still tells where it is does not hold up one that does not, whatever both said last.
+        gone = {rank: since for rank, since in enumerate(silences) if since > seconds / 2}
+        if not gone:
+            return standing(holding_up(places), places, logs)
+    return silent(gone, places, logs) if gone else None
+
+
+def silent(ranks: dict[int, float], places: list[Place] | None, logs: Path) -> UserError:
+    """What is told of ranks that tell nothing, for so many seconds."""
+    first, since = next(iter(ranks.items()))
+    last = f", last {where(places[first])} ({places[first].process})" if places else ""
+    return UserError(
+        name(list(ranks)),
+        f"has not been heard of for {since:.0f} s{last}: it was stopped, died, or lost its network",
+        f"Look at that machine, and at {logs}/rank_*.stacks.txt; then run again with --resume.",
+    )
 
 
 def holding_up(places: list[Place]) -> list[int]:

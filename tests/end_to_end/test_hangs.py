@@ -13,7 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
+from dist_train.recipe import write_recipe
 from sharding.launch import HUNG
+from tests import tiny
 from tests.end_to_end.commands import errors, started, wait_until
 
 SECONDS = 6.0
@@ -57,9 +59,12 @@ def test_a_stopped_rank(rank: int, recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stuck_data_worker(recipe: Path, tmp_path: Path) -> None:
-    """Its rank does not wait for others, which tells it from those that wait for it."""
-    output = tmp_path / "run"
+def test_a_stuck_data_worker(tmp_path: Path) -> None:
+    """Its rank does not wait for others, which tells it from those that wait for it. The epoch is long, since torch
+    waits only five seconds for a worker that has read all of its epoch and does not end, and goes on with a new one.
+    """
+    output, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    write_recipe(tiny.recipe(tiny.write_corpus(tmp_path / "shards", train=300)), recipe)
 
     def cause() -> None:
         (worker,) = process_of(output, 1).children()

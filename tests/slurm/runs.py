@@ -111,6 +111,23 @@ class SubmittedRun:
         assert last.decision == "done", f"{last.reason}\n{self.printed()}"
         return outcome(self.output)
 
+    def signal_rank(self, rank: int, number: signal.Signals) -> None:
+        """A signal to a rank, whatever node it is on: found by its environment, which its data workers share."""
+        wanted = {f"SLURM_JOB_ID={self.job}".encode(), f"SLURM_PROCID={rank}".encode()}
+        wanted.add(f"SLURM_CONF={os.environ['SLURM_CONF']}".encode())
+        parents = {}
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                variables = (process / "environ").read_bytes().split(b"\0")
+                command = (process / "cmdline").read_bytes()
+                parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            if wanted.issubset(variables) and b"submitit.core._submit" in command:
+                parents[int(process.name)] = parent
+        (found,) = (process for process, parent in parents.items() if parent not in parents)
+        os.kill(found, number)
+
     def printed(self) -> str:
         """What the job has printed."""
         texts = [f"{path.name}:\n{path.read_text()[-3000:]}" for path in sorted(self.record.jobs.glob("*/*_log.*"))]
@@ -122,18 +139,3 @@ def same(result: dict[str, Any], reference: dict[str, Any]) -> bool:
     different = [key for key in reference if result.get(key) != reference[key]]
     assert not different and result.keys() == reference.keys(), different[:5]
     return True
-
-
-def signal_rank(rank: int, number: signal.Signals) -> None:
-    """A signal to a rank, whatever node it is on: found by its environment."""
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (process / "environ").read_bytes().split(b"\0")
-            command = (process / "cmdline").read_bytes()
-        except OSError:
-            continue
-        ours = f"SLURM_CONF={os.environ['SLURM_CONF']}".encode() in variables
-        if ours and f"SLURM_PROCID={rank}".encode() in variables and b"submitit.core._submit" in command:
-            os.kill(int(process.name), number)
-            return
-    raise AssertionError("no such rank")

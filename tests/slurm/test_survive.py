@@ -11,7 +11,7 @@ from submitit.slurm.slurm import SlurmExecutor
 
 from slurm import executor
 from tests.slurm.conftest import LabCluster, Undisturbed
-from tests.slurm.runs import SubmittedRun, same, signal_rank
+from tests.slurm.runs import SubmittedRun, same
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -51,7 +51,7 @@ def test_failures(undisturbed: Undisturbed, idle_cluster: LabCluster, tmp_path: 
     """A rank is killed, a node loses its power, the controller restarts."""
     run = SubmittedRun(undisturbed.recipe, tmp_path / "run")
     run.wait_step(6)
-    signal_rank(1, signal.SIGKILL)
+    run.signal_rank(1, signal.SIGKILL)
     run.wait_attempt(1)
     first = run.attempts[0]
     assert (first.outcome, first.decision) == ("failed", "requeue")

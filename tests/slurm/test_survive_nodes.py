@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.slurm.conftest import LabCluster, Undisturbed
-from tests.slurm.runs import SubmittedRun, same, signal_rank
+from tests.slurm.runs import SubmittedRun, same
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -20,7 +20,7 @@ def test_another_number_of_nodes(undisturbed: Undisturbed, idle_cluster: LabClus
     run = SubmittedRun(undisturbed.recipe, tmp_path / "run", "training.watchdog_seconds=10", nodes="1-2")
     assert run.wait_attempt(0).ranks == 2
     run.wait_step(6)
-    signal_rank(1, signal.SIGSTOP)
+    run.signal_rank(1, signal.SIGSTOP)
     run.wait("the verdict", lambda: run.attempts[0].decision)
     idle_cluster.slurm("scontrol", "update", "nodename=node2", "state=drain", "reason=bad")
     first = run.attempts[0]
