@@ -24,6 +24,7 @@ from dist_train.recipe import Recipe
 from sharding.errors import UserError
 from sharding.hardware import GIB, Hardware, ring_bytes, wire_seconds, work_seconds
 from sharding.plan_ledger import Optimizer, Replay, Schedule, Weight
+from sharding.plan_run import Operations
 from sharding.plan_trace import Trace, Tracer
 from sharding.plan_zero import STAGES
 from sharding.zero import ZeroSettings
@@ -93,6 +94,7 @@ class Planner:
         self.scales = scale_bytes(self.model)
         self.weights = [Weight(p.numel(), p.element_size(), p.requires_grad) for p in self.model.parameters()]
         self.traces: dict[Any, MicroStep] = {}
+        self.operations = Operations()
 
     @property
     def decoding(self) -> float:
@@ -112,7 +114,7 @@ class Planner:
         real = rows if real is None else min(real, rows)
         key = (tuple(clips), rows, real, zero3)
         if key not in self.traces:
-            tracer = Tracer(cuda=self.hardware.kind == "cuda", zero3=zero3)
+            tracer = Tracer(cuda=self.hardware.kind == "cuda", zero3=zero3, operations=self.operations)
             batch = hollow_batch(self.recipe, self.model, clips, tracer)
             trace, row_bytes, passages = trace_step(self.recipe, self.model, batch, tracer, rows=rows, real=real)
             held = [value for name, value in batch.items() if isinstance(value, Tensor) and "answer" not in name]

@@ -12,15 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
-from sharding.plan_kernels import SUBSTITUTES, flops_of, real_places, replaced, unit_of
+from sharding.plan_kernels import flops_of, real_places, replaced, unit_of
+from sharding.plan_run import Operations, tensors_in
 
 ELSEWHERE = "the rest"  # what runs outside of every part, the loss above all
 
@@ -105,12 +105,14 @@ class Tracer(TorchDispatchMode):
     Args:
         cuda: attention and dropout use the kernels of CUDA; otherwise those of the CPU.
         zero3: linear layers keep what DeepSpeed's replacement for them keeps.
+        operations: with what is known from other traces.
     """
 
-    def __init__(self, *, cuda: bool, zero3: bool = False) -> None:
+    def __init__(self, *, cuda: bool, zero3: bool = False, operations: Operations | None = None) -> None:
         super().__init__()
         self.cuda, self.zero3 = cuda, zero3
         self.trace = Trace()
+        self.operations = operations or Operations()
         self.on = False
         self.times = 1
         self.behind = ELSEWHERE  # part that the backward pass is in
@@ -122,7 +124,7 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         args = real_places(func, args)
         tensors = list(tensors_in([args, kwargs]))
-        result = run(func, args, kwargs, tensors)
+        result = self.operations.run(func, args, kwargs, tensors)
         if self.on:
             self.record(func, args, kwargs, tensors, result)
         return result
@@ -207,51 +209,6 @@ class Tracer(TorchDispatchMode):
         finally:
             self.times = before
             self.trace.events.append(Event("repeat", before))
-
-
-def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among nested arguments or results."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_in(value)
-        elif isinstance(value, dict):
-            yield from tensors_in(value.values())
-
-
-def run(func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
-    """The result: real if it and all it comes from are whole numbers, else without data."""
-    if not tensors:
-        result = on("meta", func, args, kwargs)
-        floats = any(output.is_floating_point() for output in tensors_in([result]))
-        return result if floats else on("cpu", func, args, kwargs)
-    if str(func) in SUBSTITUTES:
-        return SUBSTITUTES[str(func)](func, *args, **kwargs)
-    meta = [tensor.is_meta for tensor in tensors]
-    if not any(meta):
-        result = on("cpu", func, args, kwargs)
-        floats = any(output.is_floating_point() for output in tensors_in([result]))
-        return tree_map_only(Tensor, without_data, result) if floats else result
-    if not all(meta):
-        args, kwargs = tree_map_only(Tensor, without_data, (args, kwargs))
-    return on("meta", func, args, kwargs)
-
-
-def on(device: str, func: Any, args: Any, kwargs: Any) -> Any:
-    """Runs an operation; where it takes a device, on this one."""
-    return func(*args, **{**kwargs, "device": torch.device(device)}) if takes_device(func) else func(*args, **kwargs)
-
-
-@cache
-def takes_device(func: Any) -> bool:
-    """Whether an operation can be told where its result goes."""
-    return any(argument.name == "device" for argument in func._schema.arguments)
-
-
-def without_data(tensor: Tensor) -> Tensor:
-    """The tensor on the meta device."""
-    return tensor if tensor.is_meta else tensor.to("meta")
 
 
 def bytes_of(tensor: Tensor) -> int:

@@ -118,6 +118,24 @@ SHARDED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_a_trace_is_the_same_without_what_is_known_of_operations(
+    name: str, corpus: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    class Forgetful(dict[Any, Any]):
+        def __setitem__(self, key: Any, value: Any) -> None:
+            pass
+
+    recipe = fit_to_dataset(tiny.recipe(corpus, **json.loads(json.dumps(SYSTEMS[name]))))
+    planner = Planner(recipe, tokenizer, CPU, 1, 2)
+    clips = [Clip(9000, 8, 5, 4), Clip(5000, 3, 7, 2)]
+    knowing = planner.trace(clips, 4, zero3=True).trace
+    planner.traces.clear()
+    planner.operations.known = Forgetful()
+    anew = planner.trace(clips, 4, zero3=True).trace
+    assert knowing == anew
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cases", "ranks"),

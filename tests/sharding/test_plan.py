@@ -21,6 +21,7 @@ from sharding.hardware import PROFILES, Hardware, load_hardware, read_bytes, rin
 from sharding.meter import Meter
 from sharding.plan_gather import Gathering
 from sharding.plan_ledger import Ledger, Optimizer, Schedule, Weight, Wire
+from sharding.plan_run import Operations, on, tensors_in
 from sharding.plan_trace import Event, Trace, Tracer, Work
 from sharding.plan_zero import STAGES
 from sharding.zero import ZeroSettings
@@ -123,6 +124,34 @@ def test_flops_are_those_torch_counts(shape: tuple[int, int, int, int, bool]) ->
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         Net(width, heads, dropout, recompute=recompute)(*inputs).square().mean().backward()
     assert trace.flops() == counter.get_total_flops()
+
+
+@given(shapes)
+@settings(max_examples=15, deadline=None)
+def test_what_is_known_of_a_result_is_what_torch_says(shape: tuple[int, int, int, int, bool]) -> None:
+    """Every result is made twice: as remembered, and anew."""
+    batch, length, width, heads, recompute = shape
+    with torch.device("meta"):
+        hollow = Net(width, heads, 0.1, recompute=recompute)
+    inputs = tuple(value.to("meta") if value.is_floating_point() else value for value in example(batch, length, width))
+    found = {"remembered": 0}
+
+    def layout(result: Any) -> list[Any]:
+        return [(out.shape, out.stride(), out.dtype, out.is_meta, out.storage_offset()) for out in tensors_in([result])]
+
+    class Checked(Operations):
+        def on_meta(self, func: Any, args: Any, kwargs: Any, tensors: list[Tensor]) -> Any:
+            before = len(self.known)
+            result = super().on_meta(func, args, kwargs, tensors)
+            assert layout(result) == layout(on("meta", func, args, kwargs)), func
+            found["remembered"] += len(self.known) == before
+            return result
+
+    tracer = Tracer(cuda=False, operations=Checked())
+    with tracer.recording(hollow, inputs):
+        for _ in range(2):
+            hollow(*inputs).square().mean().backward()
+    assert found["remembered"] > 20
 
 
 def test_work_belongs_to_parts_and_phases_and_repeats() -> None:
