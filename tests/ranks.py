@@ -43,7 +43,7 @@ def run_ranks(
 
 def main(module: str, function: str, folder: Path, arguments: dict[str, Any], deepspeed: bool) -> None:
     """One rank."""
-    faulthandler.dump_traceback_later(240, exit=True)
+    faulthandler.dump_traceback_later(600, exit=True)
     if deepspeed:
         prepare_ops(lambda text: None)
     joined = world.read_world(os.environ)
