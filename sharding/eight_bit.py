@@ -2,8 +2,9 @@
 
 It keeps a moment of a flat tensor as one code per element and the largest magnitude of each block of 256 elements:
 value = map[code] · magnitude. Written out and packed again over the same blocks, a moment is the same to the last bit
-of fp32; other blocks (another world size or ZeRO stage) round it once to 8 bits. Tensors below 4096 elements it keeps
-in fp32.
+of fp32; other blocks (another world size or ZeRO stage) round it once to 8 bits. A second moment that is not 0 never
+becomes 0 by that: the element's next step, divided by its root, would be hundreds of times too wide. Tensors below 4096
+elements it keeps in fp32.
 """
 
 from __future__ import annotations
@@ -69,5 +70,8 @@ def packed(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     if levels[0] < 0:
         magnitudes = torch.maximum(magnitudes, blocks.amin(1) / levels[0])
     relative = (blocks / magnitudes[:, None]).nan_to_num(0.0)
-    codes = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    codes = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2)
+    if levels[0] >= 0:  # second moments
+        codes = torch.where(relative > 0, codes.clamp(min=int((levels <= 0).sum())), codes)
+    codes = codes.to(torch.uint8)
     return codes.view(-1)[: len(flat)].view(values.shape), magnitudes

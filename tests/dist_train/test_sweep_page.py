@@ -30,7 +30,7 @@ def test_the_ablation_beside_the_published_numbers(tmp_path: Path) -> None:
             "steps": 3,
         }
         row |= {"clips_per_second": 1.0, "world_size": 2, "seed": int(point.values["seed"])}
-        row |= {f"test.{part}.mae": float(rng.uniform(0.5, 1)) for part in ("complete", "missing", "gap", "floor")}
+        row |= {f"test.{part}.mae": float(rng.uniform(1, 2)) for part in ("complete", "missing", "gap", "floor")}
         rows.append({**row, **{f"published.{flow}.mae": value for flow, value in point.published.items()}})
     settings = sweep_page.settings_of(rows, ["seed"], "test")
     assert [(values["setting"], len(found)) for values, found in settings][-1] == ("all", 3)

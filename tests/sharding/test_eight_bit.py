@@ -57,17 +57,36 @@ def test_any_part_can_be_read(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_fresh_numbers_are_rounded_as_bitsandbytes_does(signed: bool) -> None:
-    """But for the scale of a block whose largest magnitude is negative: ours is the one the map can reach."""
+    """But for the scale of a block whose largest magnitude is negative: ours is the one the map can reach. And second
+    moments that are nearest to 0 stay above, by the least there is.
+    """
     values = torch.randn(3000) * torch.logspace(-6, 3, 3000)
     values = values if signed else values.abs()
     values[::256] = values.abs().max() * torch.linspace(1, 2, 12)  # the largest of each block is positive
+    values[7::256] = values[::256] * 1e-9  # too small for any code
     levels = functional.create_dynamic_map(signed=signed)
     codes, magnitudes = eight_bit.packed(values, levels)
     expected, state = functional.quantize_blockwise(values, code=levels, blocksize=256)
     assert torch.equal(magnitudes, state.absmax)
     found = levels[codes.long()] * magnitudes.repeat_interleave(256)[:3000]
     theirs = levels[expected.long()] * state.absmax.repeat_interleave(256)[:3000]
+    if not signed:
+        least = levels[levels > 0].min() * magnitudes.repeat_interleave(256)[:3000]
+        lost = values < least / 2
+        assert lost.any() and torch.equal(found[lost], least[lost])
+        found, theirs, values = found[~lost], theirs[~lost], values[~lost]
     assert ((found - values).abs() <= (theirs - values).abs() * (1 + 1e-5) + 1e-12).all()
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=600))
+def test_second_moments_are_0_where_they_were(numbers: list[float]) -> None:
+    """One that became 0 would make the step of its element, divided by its root, hundreds of times too wide."""
+    values = torch.tensor(numbers)
+    values = values.where(values > 1e-30, 0)  # below, their share of the largest is no number of single precision
+    levels = functional.create_dynamic_map(signed=False)
+    codes, magnitudes = eight_bit.packed(values, levels)
+    found = levels[codes.long()] * magnitudes.repeat_interleave(256)[: len(values)]
+    assert torch.equal(found > 0, values > 0)
 
 
 def test_small_tensors_are_held_in_fp32() -> None:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 BITS = 0.0
 FP32 = 3e-6  # one rank sums in another order than two; losses are about 5
 BF16 = 2e-3  # stage 3 and other numbers of ranks round elsewhere: one unit of bf16 at 5 is 0.03
-EIGHT_BIT = 1e-3  # blocks of 256 elements begin elsewhere
+EIGHT_BIT = 1e-3  # blocks of 256 elements begin elsewhere; the first loss, before a step, hangs on the weights alone
 # Largest difference of a loss, by what was saved, what loads it ("portable" our own engine, "universal" DeepSpeed's,
 # "mended" DeepSpeed's with a step count of its own for each group) and its stage. Stages below 3 come first: see CASES.
 TWO_RANKS = {
@@ -60,9 +60,9 @@ def check(
         ours, theirs = torch.tensor(found[f"{case} {kind} {stage}"]), torch.tensor(losses[case])
         if ranks == 1:
             theirs = theirs.mean(1, keepdim=True)
-        difference = (ours - theirs).abs().max().item()
-        if not difference <= most:
-            wrong[case, kind, stage] = difference
+        of_steps = (ours - theirs).abs().amax(1)
+        if not (of_steps.max() <= most and of_steps[0] <= (FP32 if most == EIGHT_BIT else most)):
+            wrong[case, kind, stage] = of_steps.tolist()
     assert not wrong
 
 
