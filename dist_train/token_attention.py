@@ -54,7 +54,7 @@ def token_attention(model: DoubleFlow, batch: Any) -> Tensor:
             branch: Any = model.fusion.cmpt.branches[MODALITIES[AUDIO]]
             stack.enter_context(watched(branch.attention, len(branch.tokens), seen.append))
         model(batch)
-    return torch.stack([weights[0].float().mean(0) for weights in seen])
+    return torch.stack([weights[0].mean(0) for weights in seen])
 
 
 @contextmanager
@@ -77,7 +77,8 @@ def watched(attention: Any, count: int, tell: Callable[[Tensor], None]) -> Itera
     outputs: list[Tensor] = []
 
     def note(_: nn.Module, __: Any, output: Tensor) -> None:
-        outputs.append(output.detach().float().unflatten(-1, (heads, -1)).transpose(1, 2))
+        exact = torch.promote_types(output.dtype, torch.float32)
+        outputs.append(output.detach().to(exact).unflatten(-1, (heads, -1)).transpose(1, 2))
 
     def done(*_: Any) -> None:
         query, key = outputs

@@ -183,7 +183,8 @@ class Dropout:
 def first_weights(count: int, query: Tensor, key: Tensor, gate: Tensor, bias: Tensor, padding: Tensor) -> Tensor:
     """Attention weights [R, count, T] of the first frames, in full precision; arguments as of GatedBiasAttention."""
     start = query.shape[1] - count  # the last frame comes first
-    query, key, gate, bias, padding = (x.float() for x in (query[:, start:], key, gate[:, start:], bias, padding))
+    exact = torch.promote_types(query.dtype, torch.float32)
+    query, key, gate, bias, padding = (x.to(exact) for x in (query[:, start:], key, gate[:, start:], bias, padding))
     return attention_weights(query, key, gated_bias(gate, bias[:, start:], padding)).flip(1)
 
 

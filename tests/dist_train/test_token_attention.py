@@ -26,7 +26,6 @@ from dist_train.run_record import read_run
 from dist_train.token_attention import heard_targets, token_attention, write_attention
 from tests import tiny
 
-ROUNDING = 3e-5  # of single precision, in weights whose logits may be some tens
 CMPT: dict[str, Any] = {"imagination": {"kind": "cmpt", "heads": 2}, "simulation": {"rollout": "none"}}
 LORA = {"tuning": "lora", "lora": {"rank": 2, "alpha": 8}}
 
@@ -107,7 +106,7 @@ def test_weights_in_a_speech_encoder(kind: str, tuning: str, tokenizer: PreTrain
         bias = biases[number] if kind == "wavlm" else None
         with torch.no_grad():
             expected = loop(layer.attention, entered[number][0], bias, 3)
-        np.testing.assert_allclose(found[number].numpy(), expected, atol=ROUNDING)
+        np.testing.assert_allclose(found[number].numpy(), expected, atol=1e-9)
     assert found.std(2).min() > 1e-4  # not flat: the loop has something to tell apart
     torch.testing.assert_close(model(batch).missing.prediction, before)  # watching leaves nothing behind
     assert not any(isinstance(m, wavlm.Attention) and m.watch is not None for m in model.modules())
@@ -131,7 +130,7 @@ def test_weights_over_audio_features(tokenizer: PreTrainedTokenizerBase) -> None
         columns = slice(8 * head, 8 * head + 8)
         scores = [float(query[0, columns] @ row[columns]) / math.sqrt(8) for row in key]
         expected += np.exp(scores) / np.exp(scores).sum() / 2
-    np.testing.assert_allclose(found[0, 0].numpy(), expected, atol=ROUNDING)
+    np.testing.assert_allclose(found[0, 0].numpy(), expected, atol=1e-9)
 
 
 @pytest.mark.usefixtures("world_of_one")
